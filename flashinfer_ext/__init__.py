@@ -1,0 +1,1 @@
+"""Attention pieces for parallel contexts, usable without SGLang."""

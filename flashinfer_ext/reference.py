@@ -1,0 +1,100 @@
+"""Plain torch attention with log-sum-exp, and the scaled merge of two attention states.
+
+These run anywhere; they are the CPU path of the engine and the reference for every kernel.
+All log-sum-exps are base 2 and fp32, as FlashInfer's are (``flashinfer/cascade.py``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_ROWS_AT_ONCE = 512  # bounds the score matrix to heads * 512 * kv_len floats
+
+
+def attention_state(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one sequence, computed in fp32.
+
+    Args:
+        q: (qo_len, num_qo_heads, head_dim), any float dtype.
+        k: (kv_len, num_kv_heads, head_dim); ``num_qo_heads`` is a multiple of ``num_kv_heads``.
+        v: (kv_len, num_kv_heads, head_dim_v).
+        sm_scale: multiplies the logits.
+        causal: query i sees the first ``kv_len - qo_len + i + 1`` keys (bottom-right aligned).
+
+    Returns:
+        ``(o, lse)``: o fp32 of shape (qo_len, num_qo_heads, head_dim_v); lse fp32, base 2, of
+        shape (qo_len, num_qo_heads). With ``kv_len`` 0, o is 0 and lse is -inf.
+    """
+    qo_len, num_qo_heads, _ = q.shape
+    kv_len, num_kv_heads, head_dim_v = v.shape
+    if kv_len == 0:
+        return (
+            q.new_zeros((qo_len, num_qo_heads, head_dim_v), dtype=torch.float32),
+            q.new_full((qo_len, num_qo_heads), -math.inf, dtype=torch.float32),
+        )
+    group = num_qo_heads // num_kv_heads
+    keys = k.float().permute(1, 2, 0)  # (kv heads, head_dim, kv_len)
+    values = v.float().transpose(0, 1)  # (kv heads, kv_len, head_dim_v)
+    outs, lses = [], []
+    for start in range(0, qo_len, _ROWS_AT_ONCE):
+        rows = q[start : start + _ROWS_AT_ONCE].float()
+        n = rows.shape[0]
+        grouped = rows.view(n, num_kv_heads, group, -1).permute(1, 2, 0, 3)
+        scores = (grouped.reshape(num_kv_heads, group * n, -1) @ keys) * sm_scale
+        if causal:
+            first_visible = kv_len - qo_len + start
+            visible = torch.arange(kv_len, device=q.device) <= torch.arange(
+                first_visible, first_visible + n, device=q.device
+            ).unsqueeze(1)
+            scores = scores.view(num_kv_heads, group, n, kv_len).masked_fill_(~visible, -math.inf)
+            scores = scores.view(num_kv_heads, group * n, kv_len)
+        lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+        out = torch.exp(scores - lse) @ values
+        outs.append(out.view(num_kv_heads, group, n, head_dim_v).permute(2, 0, 1, 3))
+        lses.append(lse.view(num_kv_heads, group, n).permute(2, 0, 1))
+    return (
+        torch.cat(outs).reshape(qo_len, num_qo_heads, head_dim_v),
+        torch.cat(lses).reshape(qo_len, num_qo_heads) * math.log2(math.e),
+    )
+
+
+def merge_state_scaled(
+    v_a: torch.Tensor,
+    s_a: torch.Tensor,
+    v_b: torch.Tensor,
+    s_b: torch.Tensor,
+    exponent_b: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two attention states after raising the second's partition sum to a power.
+
+    Follows ``flashinfer.merge_state``, which it equals at ``exponent_b`` 1. APE merges the path
+    state (a) with the contexts state (b) at exponent S * T; a power of the partition sum is a
+    factor on its logarithm, so the base of the logarithm does not matter to the weights.
+
+    Args:
+        v_a: (seq_len, num_heads, head_dim).
+        s_a: (seq_len, num_heads), base-2 log-sum-exp, fp32; -inf marks an empty state.
+        v_b: as ``v_a``.
+        s_b: as ``s_a``.
+        exponent_b: scalar, or (seq_len,) or broadcastable to (seq_len, num_heads), fp32.
+
+    Returns:
+        ``(v, s)`` with the shapes of ``v_a`` and ``s_a``; v has the dtype of ``v_a``. A row whose
+        second state is empty returns the first unchanged.
+    """
+    if isinstance(exponent_b, torch.Tensor) and exponent_b.dim() == 1:
+        exponent_b = exponent_b.unsqueeze(1)
+    empty_b = torch.isneginf(s_b)
+    scaled_b = torch.where(empty_b, s_b, s_b * exponent_b)  # -inf * 0 would be nan
+    highest = torch.maximum(s_a, scaled_b)
+    highest = torch.where(torch.isneginf(highest), torch.zeros_like(highest), highest)
+    w_a, w_b = torch.exp2(s_a - highest), torch.exp2(scaled_b - highest)
+    total = w_a + w_b
+    safe = torch.where(total == 0, torch.ones_like(total), total)
+    merged = v_a.float() * (w_a / safe).unsqueeze(-1) + v_b.float() * (w_b / safe).unsqueeze(-1)
+    merged = torch.where(empty_b.unsqueeze(-1), v_a.float(), merged)
+    return merged.to(v_a.dtype), torch.log2(total) + highest

@@ -1,0 +1,1 @@
+"""The frontend-language extension, installed as sglang_ape.frontend."""

@@ -1,0 +1,176 @@
+"""The server's flags: what they are, what they imply, and what they cannot be combined with."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple, Optional
+
+MAX_TEMPERATURE = 10.0
+MAX_SCALE = 10.0
+TREE_BACKEND = "ape"
+ATTENTION_BACKENDS = ("torch_native",)
+
+
+class Flag(NamedTuple):
+    """One field of ``ServerArgs`` and so one flag of the command line."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+FLAGS = (
+    Flag(
+        "enable_ape",
+        bool,
+        False,
+        "Serve requests with parallel contexts (Adaptive Parallel Encoding).",
+    ),
+    Flag(
+        "ape_temperature",
+        float,
+        0.9,
+        "Attention temperature T of the contexts, 0 < T <= 10; a request may override it.",
+    ),
+    Flag(
+        "ape_scale",
+        float,
+        0.9,
+        "Scaling factor S of the contexts' log-sum-exp, 0 <= S <= 10; a request may override it.",
+    ),
+    Flag(
+        "ape_max_context_tokens",
+        Optional[int],  # noqa: UP045  SGLang's argument parser knows this spelling only
+        None,
+        "Tokens that the contexts of one request may hold in all; may exceed the model's window, "
+        "which is the default. Every request slot reserves 4 bytes for each.",
+    ),
+)
+
+
+class _Allowed(NamedTuple):
+    """A field of ``ServerArgs`` that APE restricts."""
+
+    field: str
+    values: tuple[Any, ...]
+    reason: str  # why every other value is refused
+
+
+_BACKEND = f"APE runs on {', '.join(ATTENTION_BACKENDS)} attention"
+_RESTRICTED = (
+    _Allowed("page_size", (None, 1), "contexts end anywhere in a page"),
+    _Allowed("attention_backend", (None, *ATTENTION_BACKENDS), _BACKEND),
+    _Allowed("prefill_attention_backend", (None, *ATTENTION_BACKENDS), _BACKEND),
+    _Allowed("decode_attention_backend", (None, *ATTENTION_BACKENDS), _BACKEND),
+    _Allowed("kv_cache_dtype", ("auto", "bf16", "bfloat16"), "quantized KV is not supported"),
+    _Allowed("radix_cache_backend", (None, TREE_BACKEND), "APE brings its own radix tree"),
+    _Allowed("enable_hierarchical_cache", (False,), "HiCache stores single paths only"),
+    _Allowed("enable_lmcache", (False,), "LMCache stores single paths only"),
+    _Allowed("enable_flexkv", (False,), "FlexKV stores single paths only"),
+    _Allowed("enable_hisparse", (False,), "sparse attention has no contexts pass"),
+    _Allowed("enable_session_radix_cache", (False,), "sessions need another tree"),
+    _Allowed("enable_streaming_session", (False,), "sessions need another tree"),
+    _Allowed("speculative_algorithm", (None,), "drafts do not see the contexts"),
+    _Allowed("dllm_algorithm", (None,), "diffusion models do not decode causally"),
+    _Allowed("disaggregation_mode", ("null",), "KV is transferred as one path, not by segments"),
+    _Allowed("enable_pdmux", (False,), "two batches would share one plan"),
+    _Allowed("enable_two_batch_overlap", (False,), "two batches would share one plan"),
+    _Allowed("encoder_only", (False,), "it serves no generation"),
+    _Allowed("language_only", (False,), "multimodal models are not supported"),
+    _Allowed("is_embedding", (False,), "embedding models have no query to decode"),
+    _Allowed("pp_size", (1,), "use tensor parallelism"),
+    _Allowed("dp_size", (1,), "run one server a replica behind SGLang's router"),
+    _Allowed("enable_dp_attention", (False,), "use tensor parallelism"),
+    _Allowed("dcp_size", (1,), "use tensor parallelism"),
+    _Allowed("attn_cp_size", (1,), "use tensor parallelism"),
+    _Allowed("enable_prefill_cp", (False,), "use tensor parallelism"),
+    _Allowed("tokenizer_worker_num", (1,), "further tokenizer workers load no plugins"),
+    _Allowed("enable_tokenizer_batch_encode", (False,), "it refuses prompts given as token ids"),
+    _Allowed("enable_http2", (False,), "contexts are read by middleware made for uvicorn"),
+    _Allowed("enable_torch_compile", (False,), "the two-pass attention is not compiled"),
+    _Allowed("kv_canary", ("none",), "it takes reused positions for corruption"),
+)
+_REFUSED_ENVIRONMENT = {
+    "SGLANG_RUST_SERVER": "it serves requests outside the Python process",
+    "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE": "APE brings its own radix tree",
+    "SGLANG_ENABLE_UNIFIED_RADIX_TREE": "APE brings its own radix tree",
+}
+# Rotary scalings whose angles depend on the position alone. Others (dynamic NTK, longrope) change
+# with the length of the row, which for an APE request is not the length its positions span.
+_ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")
+
+
+def apply_defaults(args: Any) -> None:
+    """Before SGLang resolves its arguments: check ours, set what APE needs.
+
+    Raises:
+        ValueError: a flag is out of range or cannot be combined with ``--enable-ape``.
+    """
+    if not args.enable_ape:
+        _refuse_orphans(args)
+        return
+    if not 0 < args.ape_temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"--ape-temperature must be in (0, 10], got {args.ape_temperature}")
+    if not 0 <= args.ape_scale <= MAX_SCALE:
+        raise ValueError(f"--ape-scale must be in [0, 10], got {args.ape_scale}")
+    if args.ape_max_context_tokens is not None and args.ape_max_context_tokens < 1:
+        given = args.ape_max_context_tokens
+        raise ValueError(f"--ape-max-context-tokens must be positive, got {given}")
+    refuse_combinations(args)
+    args.page_size = 1
+    args.radix_cache_backend = TREE_BACKEND
+    if args.attention_backend is None:
+        args.attention_backend = ATTENTION_BACKENDS[0]
+
+
+def refuse_combinations(args: Any) -> None:
+    """Raise ValueError, naming the flag, for what cannot be combined with ``--enable-ape``."""
+    for field, allowed, reason in _RESTRICTED:
+        value = getattr(args, field)
+        if value not in allowed:
+            shown = flag_name(field) if value is True else f"{flag_name(field)} {value}"
+            raise ValueError(f"--enable-ape cannot be combined with {shown}: {reason}")
+    for name, reason in _REFUSED_ENVIRONMENT.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ValueError(f"--enable-ape cannot be combined with {name}=1: {reason}")
+
+
+def refuse_model(config: Any) -> None:
+    """Raise ValueError for a model whose attention APE does not cover.
+
+    Args:
+        config: ``configs/model_config.py: ModelConfig`` of SGLang.
+    """
+    from sglang.srt.configs.model_config import AttentionArch
+
+    text = config.hf_text_config
+    rope = getattr(text, "rope_scaling", None) or getattr(text, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type"))
+    problems = {
+        "multi-head latent attention": config.attention_arch != AttentionArch.MHA,
+        "sliding-window attention": config.is_hybrid_swa or bool(config.sliding_window_size),
+        "chunked attention": bool(getattr(text, "attention_chunk_size", None)),
+        "soft-capped attention logits": bool(getattr(text, "attn_logit_softcapping", None)),
+        "attention sinks": config.has_attention_sinks,
+        "multimodal rotary positions (M-RoPE)": config.model_is_mrope,
+        f"length-dependent rotary scaling ({rope_type})": rope_type not in _ROPE_TYPES,
+        "an encoder and a decoder": config.is_encoder_decoder,
+        "multimodal input": config.is_multimodal,
+        "no generation head": not config.is_generation,
+    }
+    found = [what for what, present in problems.items() if present]
+    if found:
+        name = ", ".join(config.hf_config.architectures or ["this model"])
+        raise ValueError(f"--enable-ape cannot serve {name}: it has {' and '.join(found)}")
+
+
+def _refuse_orphans(args: Any) -> None:
+    for flag in FLAGS[1:]:
+        if getattr(args, flag.name) != flag.default:
+            raise ValueError(f"{flag_name(flag.name)} has no effect without --enable-ape")
+
+
+def flag_name(field: str) -> str:
+    """The command-line flag of a ``ServerArgs`` field."""
+    return "--" + field.replace("_", "-")

@@ -1,0 +1,1 @@
+"""How rows attend: the plan by segments, and one file a backend."""

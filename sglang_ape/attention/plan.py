@@ -1,0 +1,45 @@
+"""Cut the new rows of a request into the sub-sequences of the path pass and the contexts pass.
+
+The *path* pass is causal over a token's own past: P and its own context for context tokens, P and
+Q for query and generated tokens. The *contexts* pass lets query and generated tokens see every
+context, in no order. Only row ranges are handled here: no torch, no slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sglang_ape.spec import ApeSpec
+
+RowRange = tuple[int, int]  # half-open
+
+
+class Path(NamedTuple):
+    """Rows that share a causal past; bottom-right aligned to the end of ``kv``."""
+
+    rows: RowRange
+    kv: tuple[RowRange, ...]  # concatenated, the last one ends with ``rows``
+
+
+class RequestPlan(NamedTuple):
+    """What the new rows of one request read."""
+
+    paths: tuple[Path, ...]  # in row order; together they cover the new rows exactly once
+    query_rows: RowRange | None  # the rows that also take the contexts pass
+    contexts: RowRange  # the rows they read there
+
+
+def plan_request(spec: ApeSpec, start: int, stop: int) -> RequestPlan:
+    """Plan rows [start, stop) of a request whose rows [0, start) are already in the KV pool."""
+    prefix: RowRange = (0, spec.prefix_len)
+    paths = []
+    if start < spec.prefix_len:
+        end = min(stop, spec.prefix_len)
+        paths.append(Path((start, end), ((0, end),)))
+    for index, begin, end in spec.context_segments(start, stop):
+        paths.append(Path((begin, end), (prefix, (spec.context_starts[index], end))))
+    query_rows = None
+    if stop > spec.context_end:
+        query_rows = (max(start, spec.context_end), stop)
+        paths.append(Path(query_rows, (prefix, (spec.context_end, stop))))
+    return RequestPlan(tuple(paths), query_rows, (spec.prefix_len, spec.context_end))

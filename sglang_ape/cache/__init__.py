@@ -1,0 +1,1 @@
+"""SGLang's radix tree with contexts as sibling paths under their prefix."""

@@ -1,0 +1,297 @@
+"""SGLang's radix cache, with requests whose row is made of several tree paths.
+
+The KV of a context depends on P and on itself alone, exactly as if ``P + C_i`` were an ordinary
+prompt. So ``[P, C_i]`` is stored as an ordinary path, contexts become sibling subtrees under the
+node where P ends, and plain requests share them in both directions. The KV of the query and of
+the answer depends on the set of contexts, T and S: it lives in a namespace of its own.
+
+Source: ``mem_cache/radix_cache.py`` of SGLang 0.5.17, whose node helpers are used directly.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import (
+    DecLockRefParams,
+    DecLockRefResult,
+    IncLockRefResult,
+    MatchPrefixParams,
+    MatchResult,
+)
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+
+from sglang_ape.cache.order import cached_first
+from sglang_ape.request import reorder_contexts, spec_of
+from sglang_ape.spec import ApeSpec
+
+
+class Handle(NamedTuple):
+    """The tree paths that one APE row runs through, deepest node of each.
+
+    It stands where SGLang keeps a single node (``req.last_node``) and is only valid for the tree
+    that made it. Locking it locks every path.
+    """
+
+    prefix: TreeNode  # where P ends, or as far as P is in the tree
+    contexts: tuple[TreeNode, ...]  # one for each context the row holds so far, in row order
+    query: TreeNode | None
+
+
+class _Hit(NamedTuple):
+    """How much of one context is in the tree."""
+
+    length: int
+    values: list[torch.Tensor]  # KV slots, ``length`` in all
+    node: TreeNode
+
+
+class ApeRadixCache(RadixCache):
+    """A radix cache that also matches, locks and stores composite rows."""
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        spec = None if params.req is None else spec_of(params.req)
+        if spec is None:
+            return super().match_prefix(params)
+        key = params.key
+        return self._match_row(params.req, spec, key.token_ids, key.extra_key, len(key))
+
+    def inc_lock_ref(self, node: Any) -> IncLockRefResult:
+        if not isinstance(node, Handle):
+            return super().inc_lock_ref(node)
+        delta = super().inc_lock_ref(node.prefix).delta
+        for part in _below_prefix(node):
+            if part.lock_ref == 0:
+                size = len(part.key)
+                self.evictable_size_ -= size
+                self.protected_size_ += size
+                self.evictable_leaves.discard(part)
+                delta -= size
+            part.lock_ref += 1
+        if node.query is not None:
+            delta += super().inc_lock_ref(node.query).delta
+        return IncLockRefResult(delta=delta)
+
+    def dec_lock_ref(self, node: Any, params: DecLockRefParams | None = None) -> DecLockRefResult:
+        if not isinstance(node, Handle):
+            return super().dec_lock_ref(node, params)
+        delta = 0
+        for part in _below_prefix(node):
+            part.lock_ref -= 1
+            if part.lock_ref == 0:
+                size = len(part.key)
+                self.evictable_size_ += size
+                self.protected_size_ -= size
+                self._update_leaf_status(part)
+                delta += size
+        delta += super().dec_lock_ref(node.prefix).delta
+        if node.query is not None:
+            delta += super().dec_lock_ref(node.query).delta
+        return DecLockRefResult(delta=delta)
+
+    def resolve_node_handle(self, node_handle: Any) -> Any:
+        """The node that stands for the row in the dfs-weight policy: where its prefix ends."""
+        return node_handle.prefix if isinstance(node_handle, Handle) else node_handle
+
+    def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
+        spec = spec_of(req)
+        if spec is None or self.disable:
+            super().cache_unfinished_req(req, chunked=chunked)
+            return
+        ids = req.get_fill_ids()
+        handle = self._store_row(req, spec, ids, chunked)
+        self.inc_lock_ref(handle)
+        self.dec_lock_ref(req.last_node)
+        row = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(ids)]
+        req.prefix_indices = row.to(torch.int64, copy=True)
+        req.cache_protected_len = len(ids)
+        req.last_node = handle
+
+    def cache_finished_req(
+        self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int
+    ) -> None:
+        spec = spec_of(req)
+        if spec is None or self.disable:
+            super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
+            return
+        if is_insert and not self.disable_finished_insert:
+            ids = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
+            _mark_used(self._store_row(req, spec, ids, chunked=False), req.priority or 0)
+        else:
+            self._free_row(req, req.cache_protected_len, kv_len_to_handle)
+        if req.last_node is not None:
+            self.dec_lock_ref(req.last_node)
+
+    def _match_row(
+        self, req: Any, spec: ApeSpec, ids: array, extra_key: str | None, limit: int
+    ) -> MatchResult:
+        """Match P, then the contexts, then the query; ``limit`` caps the matched tokens.
+
+        The row is reordered to put cached contexts first unless prompt log-probabilities of
+        context tokens were asked for, whose order the caller would no longer know.
+        """
+        prefix = RadixKey(ids[: spec.prefix_len], extra_key)
+        values, prefix_node = self._match_path(self.root_node, prefix)
+        handle = Handle(prefix_node, (), None)
+        if sum(map(len, values)) < spec.prefix_len:
+            return self._result(values, handle, limit)
+
+        hits = self._match_contexts(prefix_node, spec, ids, extra_key)
+        order = cached_first([hit.length for hit in hits], spec.context_lens)
+        may_reorder = req.req_pool_idx is None and limit >= spec.context_end
+        if may_reorder and order != list(range(len(order))):
+            spec = reorder_contexts(req, spec, order)
+            hits = [hits[i] for i in order]
+
+        used = []
+        for hit, length in zip(hits, spec.context_lens, strict=True):
+            if hit.length == 0:
+                break
+            used.append(hit)
+            if hit.length < length:
+                break
+        values = values + [slots for hit in used for slots in hit.values]
+        handle = handle._replace(contexts=tuple(hit.node for hit in used))
+        whole = len(used) == len(hits) and used[-1].length == spec.context_lens[-1]
+        if whole and limit > spec.context_end:
+            query = RadixKey(ids[spec.context_end : limit], _query_namespace(extra_key, spec))
+            query_values, node = self._match_path(self.root_node, query)
+            if query_values:
+                values += query_values
+                handle = handle._replace(query=node)
+        return self._result(values, handle, limit)
+
+    def _match_contexts(
+        self, prefix_node: TreeNode, spec: ApeSpec, ids: array, extra_key: str | None
+    ) -> list[_Hit]:
+        now = time.monotonic()
+        hits = []
+        for start, length in zip(spec.context_starts, spec.context_lens, strict=True):
+            context = ids[start : start + length]
+            child_key = context[0] if extra_key is None else (extra_key, context[0])
+            child = prefix_node.children.get(child_key)
+            if child is not None and child.key.token_ids == context:  # the usual hit, one compare
+                child.last_access_time = now
+                hits.append(_Hit(length, [child.value], child))
+                continue
+            values, node = self._match_path(prefix_node, RadixKey(context, extra_key))
+            hits.append(_Hit(sum(map(len, values)), values, node))
+        return hits
+
+    def _match_path(self, parent: TreeNode, key: RadixKey) -> tuple[list[torch.Tensor], TreeNode]:
+        """KV slots of the longest path below ``parent`` that ``key`` starts with, and its end."""
+        return self._match_prefix_helper(parent, key) if len(key) else ([], parent)
+
+    def _result(self, values: list[torch.Tensor], handle: Handle, limit: int) -> MatchResult:
+        empty = self._empty_match_result.device_indices
+        indices = torch.cat(values)[:limit] if values else empty
+        return MatchResult(
+            device_indices=indices,
+            last_device_node=handle,
+            last_host_node=handle,
+            best_match_node=handle,
+            cache_protected_len=len(indices),
+        )
+
+    def _store_row(self, req: Any, spec: ApeSpec, ids: array, chunked: bool) -> Handle:
+        """Hand rows [cache_protected_len, len(ids)) to the tree, which owns them from then on.
+
+        Slots of tokens that the tree holds already are freed and replaced in the row by the
+        tree's. Rows before ``cache_protected_len`` are the tree's, locked through
+        ``req.last_node``. The handle returned is not locked.
+        """
+        end, done = len(ids), req.cache_protected_len
+        old = req.last_node
+        if not isinstance(old, Handle):  # nothing was matched
+            old = Handle(self.root_node, (), None)
+        extra_key = req.extra_key
+
+        def store(parent: TreeNode, start: int, stop: int, namespace: Any) -> TreeNode:
+            key = RadixKey(ids[start:stop], namespace)
+            return self._store_path(req, parent, key, start, done, chunked)
+
+        prefix_node = old.prefix
+        if done < spec.prefix_len:
+            prefix_node = store(self.root_node, 0, min(spec.prefix_len, end), extra_key)
+        stored = bisect_right(spec.context_stops, done)
+        contexts = list(old.contexts[:stored])
+        for start, length in zip(
+            spec.context_starts[stored:], spec.context_lens[stored:], strict=True
+        ):
+            if start >= end:
+                break
+            contexts.append(store(prefix_node, start, min(start + length, end), extra_key))
+        query_node = old.query
+        if end > spec.context_end:
+            namespace = _query_namespace(extra_key, spec)
+            query_node = store(self.root_node, spec.context_end, end, namespace)
+        return Handle(prefix_node, tuple(contexts), query_node)
+
+    def _store_path(
+        self, req: Any, parent: TreeNode, key: RadixKey, start: int, done: int, chunked: bool
+    ) -> TreeNode:
+        """Insert the row's slots from ``start`` on below ``parent``; free what was there already.
+
+        Only slots from row ``done`` on belong to the request: the tree may have got the same
+        tokens from another request, or from an equal context of this one, since they were matched.
+        """
+        row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
+        slots = row[start : start + len(key)].to(torch.int64, copy=True)
+        priority = req.priority or 0
+        known, node = self._insert_helper(parent, key, slots, priority, chunked)
+        own = max(done, start)
+        if start + known > own:
+            self._free_row(req, own, start + known)
+            values, _ = self._match_path(parent, key[:known])
+            canonical = torch.cat(values)[own - start :]
+            self.req_to_token_pool.write(
+                (req.req_pool_idx, slice(own, start + known)), canonical.to(torch.int32)
+            )
+        return node
+
+    def _free_row(self, req: Any, start: int, stop: int) -> None:
+        slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, start:stop]
+        self.token_to_kv_pool_allocator.free_segment(slots, start_pos=start)
+
+
+def _below_prefix(handle: Handle) -> Iterator[TreeNode]:
+    """Every node of the context paths, once for each context that runs through it."""
+    stop = handle.prefix
+    for node in handle.contexts:
+        while node is not stop:
+            yield node
+            node = node.parent
+
+
+def _query_namespace(extra_key: str | None, spec: ApeSpec) -> tuple[str, str | None, str]:
+    """A tree namespace that no request's own ``extra_key``, a string, can name."""
+    return ("ape", extra_key, spec.namespace)
+
+
+def _mark_used(handle: Handle, priority: int) -> None:
+    """What stock insertion does for reused nodes: they count as used when the request ends."""
+    now = time.monotonic()
+    for node in (handle.prefix, *handle.contexts):
+        node.last_access_time = now
+        node.hit_count += 1
+        node.priority = max(node.priority, priority)
+
+
+def build_tree_cache(ctx: Any) -> Any:
+    """Factory of ``--radix-cache-backend ape`` (``mem_cache/registry.py``).
+
+    Raises:
+        ValueError: the model's KV cache is not one plain page table.
+    """
+    from sglang.srt.mem_cache.registry import default_radix_cache_factory
+
+    if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
+        raise ValueError("--enable-ape cannot serve models with sliding-window or state-space layers")
+    if ctx.disable_radix_cache:
+        return default_radix_cache_factory(ctx)
+    return ApeRadixCache(ctx.params)

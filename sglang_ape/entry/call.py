@@ -1,0 +1,226 @@
+"""The fields ``contexts``, ``prefix``, ``prefix_ids`` and ``ape`` of a request, checked.
+
+Every door (HTTP routes, Engine) brings the same fields here; every error names the field as the
+caller wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sglang_ape.arguments import MAX_SCALE, MAX_TEMPERATURE
+from sglang_ape.errors import ApeRequestError
+
+FIELDS = ("contexts", "prefix", "prefix_ids", "ape")
+
+Text = str | list[int]  # a text still to be tokenised, or its ids
+
+
+class ApeOptions(BaseModel):
+    """The ``ape`` field: what a request overrides of the server's defaults."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    temperature: (
+        Annotated[float, Field(gt=0, le=MAX_TEMPERATURE, allow_inf_nan=False)] | None
+    ) = None
+    scale: Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)] | None = None
+    soft: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    refine: Annotated[int, Field(ge=0)] = 0
+
+
+class ApeItem(NamedTuple):
+    """One APE request as its caller gave it; ``at`` is the index in a batch, as in ``[2]``."""
+
+    contexts: list[Text]
+    prefix: Text | None  # None: the default prefix, or the chat template's
+    options: ApeOptions
+    at: str
+
+
+class Door(NamedTuple):
+    """What callers of one entry point call the query and the answer's length."""
+
+    text: str
+    ids: str
+    new_tokens: str
+    chat: bool = False  # P and Q come out of the chat template
+
+
+NATIVE = Door("text", "input_ids", "sampling_params.max_new_tokens")
+COMPLETIONS = Door("prompt", "prompt", "max_tokens")
+CHAT = Door("messages", "messages", "max_tokens", chat=True)
+ENGINE = Door("prompt", "input_ids", "sampling_params.max_new_tokens")
+
+
+class ApeCall:
+    """The APE fields of one call, on their way from the door to the tokenizer manager.
+
+    Attributes:
+        items: one a request of the batch, or a single one.
+        batched: whether ``contexts`` was a list of lists.
+        door: where the call came in.
+        error: set when the call was refused after it had left the door.
+    """
+
+    def __init__(self, items: list[ApeItem], batched: bool, door: Door) -> None:
+        self.items = items
+        self.batched = batched
+        self.door = door
+        self.error: ApeRequestError | None = None
+
+
+current_call: ContextVar[ApeCall | None] = ContextVar("ape_call", default=None)
+"""Set around one call of the engine; tasks started for the call inherit it."""
+
+
+def parse_call(fields: Mapping[str, Any], door: Door) -> ApeCall | None:
+    """Check the APE fields of a call.
+
+    Args:
+        fields: the body or keyword arguments; keys other than :data:`FIELDS` are not looked at,
+            and None counts as not given.
+        door: where the call came in; in a chat, P comes from the messages.
+
+    Returns:
+        None when the call has no APE field.
+
+    Raises:
+        ApeRequestError: a field is malformed, out of range or without effect.
+    """
+    given = [name for name in FIELDS if fields.get(name) is not None]
+    if not given:
+        return None
+    if "contexts" not in given:
+        raise ApeRequestError(f"{given[0]} has no effect without contexts", given[0])
+    if door.chat and ("prefix" in given or "prefix_ids" in given):
+        name = "prefix" if "prefix" in given else "prefix_ids"
+        raise ApeRequestError(f"{name} cannot be given here: the messages hold the prefix", name)
+    contexts = fields["contexts"]
+    if not isinstance(contexts, list | tuple):
+        raise ApeRequestError(f"contexts must be a list, got {_kind(contexts)}", "contexts")
+    if not contexts:
+        raise ApeRequestError("contexts must not be empty", "contexts")
+    if not isinstance(contexts[0], list | tuple):
+        return ApeCall([_parse_item(fields, contexts, None)], batched=False, door=door)
+    items = []
+    for i, own in enumerate(contexts):
+        if not isinstance(own, list | tuple) or not own:
+            raise ApeRequestError(
+                f"contexts[{i}] must be a list of contexts that is not empty, as contexts[0] is; "
+                'token ids are given as {"input_ids": [...]}',
+                f"contexts[{i}]",
+            )
+        items.append(_parse_item(fields, own, i))
+    return ApeCall(items, batched=True, door=door)
+
+
+def _parse_item(fields: Mapping[str, Any], contexts: Sequence[Any], index: int | None) -> ApeItem:
+    at = "" if index is None else f"[{index}]"
+    parsed = [_parse_context(value, f"contexts{at}[{i}]") for i, value in enumerate(contexts)]
+    return ApeItem(parsed, _parse_prefix(fields, index), _parse_options(fields, index), at)
+
+
+def _parse_context(value: Any, param: str) -> Text:
+    if isinstance(value, str):
+        return _parse_text(value, param)
+    if not isinstance(value, dict):
+        raise ApeRequestError(
+            f'{param} must be a string, {{"text": ...}}, {{"input_ids": [...]}} or {{"id": ...}}, '
+            f"got {_kind(value)}",
+            param,
+        )
+    if len(value) != 1 or not value.keys() <= {"text", "input_ids", "id"}:
+        keys = ", ".join(repr(key) for key in sorted(value)[:5]) or "no key"
+        raise ApeRequestError(
+            f"{param} must have exactly one of the keys text, input_ids and id, got {keys}", param
+        )
+    if "text" in value:
+        return _parse_text(value["text"], f"{param}.text")
+    if "input_ids" in value:
+        return _parse_ids(value["input_ids"], f"{param}.input_ids")
+    shown = str(value["id"])[:80]
+    raise ApeRequestError(f"{param}.id: no context is known as {shown!r}", f"{param}.id")
+
+
+def _parse_text(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        raise ApeRequestError(f"{param} must be a string, got {_kind(value)}", param)
+    if not value:
+        raise ApeRequestError(f"{param} must not be empty", param)
+    return check_text(value, param)
+
+
+def check_text(value: str, param: str) -> str:
+    """Refuse a lone surrogate, which JSON can carry but no tokenizer can read."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ApeRequestError(f"{param} is not valid Unicode text: {error.reason}", param) from None
+    return value
+
+
+def _parse_ids(value: Any, param: str, allow_empty: bool = False) -> list[int]:
+    if not isinstance(value, list | tuple):
+        raise ApeRequestError(f"{param} must be a list of token ids, got {_kind(value)}", param)
+    if not value and not allow_empty:
+        raise ApeRequestError(f"{param} must not be empty", param)
+    if set(map(type, value)) - {int}:  # bool is a type of its own here
+        wrong = next(token for token in value if type(token) is not int)
+        raise ApeRequestError(f"{param} must hold integers only, got {_kind(wrong)}", param)
+    return list(value)
+
+
+def _parse_prefix(fields: Mapping[str, Any], index: int | None) -> Text | None:
+    text, ids = fields.get("prefix"), fields.get("prefix_ids")
+    if text is not None and ids is not None:
+        raise ApeRequestError("give prefix or prefix_ids, not both", "prefix_ids")
+    if text is not None:
+        text, param = _of_item(text, "prefix", index)
+        if not isinstance(text, str):
+            raise ApeRequestError(f"{param} must be a string, got {_kind(text)}", param)
+        return check_text(text, param)
+    if ids is not None:
+        nested = isinstance(ids, list | tuple) and bool(ids) and isinstance(ids[0], list | tuple)
+        ids, param = _of_item(ids, "prefix_ids", index) if nested else (ids, "prefix_ids")
+        return _parse_ids(ids, param, allow_empty=True)
+    return None
+
+
+def _parse_options(fields: Mapping[str, Any], index: int | None) -> ApeOptions:
+    value = fields.get("ape")
+    if value is None:
+        return ApeOptions()
+    value, param = _of_item(value, "ape", index)
+    if not isinstance(value, dict):
+        raise ApeRequestError(f"{param} must be an object, got {_kind(value)}", param)
+    try:
+        options = ApeOptions.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join([param, *map(str, first["loc"])])
+        shown = repr(first["input"])[:80]
+        raise ApeRequestError(f"{name}: {first['msg']}, got {shown}", name) from None
+    for name in ("soft", "refine"):
+        if getattr(options, name):
+            raise ApeRequestError(f"{param}.{name} is not supported yet", f"{param}.{name}")
+    return options
+
+
+def _of_item(value: Any, name: str, index: int | None) -> tuple[Any, str]:
+    """A field's value for one request of a batch: a list has one value a request."""
+    if index is None or not isinstance(value, list | tuple):
+        return value, name
+    if index >= len(value):
+        raise ApeRequestError(
+            f"{name} has {len(value)} values for a batch of {index + 1} or more", name
+        )
+    return value[index], f"{name}[{index}]"
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

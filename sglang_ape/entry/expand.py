@@ -1,0 +1,190 @@
+"""From P, contexts and Q to the token row of one ordinary request."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sglang_ape.entry.call import ApeItem, Text, check_text
+from sglang_ape.errors import ApeRequestError
+from sglang_ape.limits import Limits
+from sglang_ape.spec import ApeSpec
+
+
+class Row(NamedTuple):
+    """One request as SGLang gets it."""
+
+    input_ids: list[int]
+    spec: ApeSpec | None  # None: attention is plain, so the request is an ordinary one
+
+
+class Defaults(NamedTuple):
+    """T and S of requests that do not give their own."""
+
+    temperature: float
+    scale: float
+
+
+def encode_text(tokenizer: Any, text: str, param: str, special_tokens: bool = False) -> list[int]:
+    """Token ids of one text by itself.
+
+    Raises:
+        ApeRequestError: the engine has no tokenizer (``skip_tokenizer_init``).
+    """
+    if tokenizer is None:
+        raise ApeRequestError(f"{param}: without a tokenizer, give token ids", param)
+    return tokenizer.encode(check_text(text, param), add_special_tokens=special_tokens)
+
+
+def encode_prefix(tokenizer: Any, prefix: Text | None, at: str) -> list[int]:
+    """Token ids of P, the only text that gets special tokens.
+
+    The default is the BOS token, if the model has one, and two newlines: a shared start keeps the
+    attention sink of every context in one place (APE paper, section 4.1).
+    """
+    if isinstance(prefix, list):
+        return prefix
+    if prefix is not None:
+        return encode_text(tokenizer, prefix, f"prefix{at}", special_tokens=True)
+    newlines = encode_text(tokenizer, "\n\n", f"prefix_ids{at}")
+    bos = tokenizer.bos_token_id
+    return newlines if bos is None else [bos, *newlines]
+
+
+def encode_contexts(tokenizer: Any, contexts: Sequence[Text], at: str) -> list[list[int]]:
+    """Token ids of each context, tokenised by itself and without special tokens."""
+    texts = [context for context in contexts if isinstance(context, str)]
+    encoded: list[list[int]] = []
+    if texts:
+        if tokenizer is None:
+            raise ApeRequestError("contexts: without a tokenizer, give token ids", f"contexts{at}")
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    of_text = iter(encoded)
+    ids = [next(of_text) if isinstance(context, str) else context for context in contexts]
+    for i, own in enumerate(ids):
+        if not own:
+            param = f"contexts{at}[{i}]"
+            raise ApeRequestError(f"{param} has no token", param)
+    return ids
+
+
+def build_row(
+    prefix: list[int],
+    contexts: list[list[int]],
+    query: list[int],
+    item: ApeItem,
+    defaults: Defaults,
+) -> Row:
+    """Lay out one row.
+
+    One context at T = S = 1 attends exactly as the ordinary request P + C + Q does, and is sent
+    as that.
+    """
+    options = item.options
+    temperature = defaults.temperature if options.temperature is None else options.temperature
+    scale = defaults.scale if options.scale is None else options.scale
+    ids = [*prefix]
+    for context in contexts:
+        ids += context
+    ids += query
+    if len(contexts) == 1 and temperature == 1 and scale == 1:
+        return Row(ids, None)
+    spec = ApeSpec(
+        prefix_len=len(prefix),
+        context_lens=tuple(map(len, contexts)),
+        temperature=float(temperature),
+        scale=float(scale),
+        namespace=namespace_of(prefix, contexts, temperature, scale),
+    )
+    return Row(ids, spec)
+
+
+def namespace_of(
+    prefix: Sequence[int], contexts: Sequence[Sequence[int]], temperature: float, scale: float
+) -> str:
+    """A name for all that the query's KV depends on; the order of contexts is no part of it."""
+
+    def digest(ids: Sequence[int]) -> bytes:
+        return hashlib.sha256(array("q", ids).tobytes()).digest()
+
+    whole = hashlib.sha256(repr((float(temperature), float(scale))).encode())
+    whole.update(digest(prefix))
+    for part in sorted(map(digest, contexts)):
+        whole.update(part)
+    return whole.hexdigest()
+
+
+class Names(NamedTuple):
+    """What the caller calls the parts of a request, for error messages."""
+
+    prefix: str
+    contexts: str
+    query: str
+    new_tokens: str
+
+
+def check_row(
+    prefix: list[int],
+    contexts: list[list[int]],
+    query: list[int],
+    max_new_tokens: int | None,
+    limits: Limits,
+    names: Names,
+) -> None:
+    """Refuse a row that the engine could not serve.
+
+    Raises:
+        ApeRequestError: with the numbers.
+    """
+    if not query:
+        raise ApeRequestError(f"{names.query} must not be empty", names.query)
+    _check_vocabulary(prefix, names.prefix, limits.vocab_size)
+    _check_vocabulary(query, names.query, limits.vocab_size)
+    for i, context in enumerate(contexts):
+        _check_vocabulary(context, f"{names.contexts}[{i}]", limits.vocab_size)
+
+    lens = [len(context) for context in contexts]
+    total, longest = sum(lens), max(lens)
+    if total > limits.context_tokens:
+        raise ApeRequestError(
+            f"the contexts hold {total} tokens in all, more than --ape-max-context-tokens "
+            f"{limits.context_tokens}",
+            names.contexts,
+        )
+    positions = len(prefix) + longest + len(query)
+    if positions >= limits.window:
+        too_long = lens.index(longest)
+        over = longest >= len(query)
+        raise ApeRequestError(
+            f"prefix ({len(prefix)}), longest context ({longest}) and query ({len(query)}) take "
+            f"{positions} positions; the model's window is {limits.window}",
+            f"{names.contexts}[{too_long}]" if over else names.query,
+        )
+    if max_new_tokens is not None and positions + max_new_tokens > limits.window:
+        raise ApeRequestError(
+            f"{positions} positions of input and {max_new_tokens} new tokens exceed the model's "
+            f"window of {limits.window}",
+            names.new_tokens,
+        )
+    tokens = len(prefix) + total + len(query)
+    if tokens + _POOL_MARGIN > limits.pool_tokens:
+        raise ApeRequestError(
+            f"the request holds {tokens} tokens in all; the KV pool has room for "
+            f"{limits.pool_tokens - _POOL_MARGIN}",
+            names.contexts,
+        )
+
+
+# SGLang keeps 6 tokens of the pool back from the longest prompt (managers/tp_worker.py:
+# get_worker_info), and admits a request only with room for a page and one new token.
+_POOL_MARGIN = 8
+
+
+def _check_vocabulary(ids: list[int], param: str, vocab_size: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ApeRequestError(
+            f"{param} holds token id {wrong}, outside the vocabulary of {vocab_size}", param
+        )

@@ -1,0 +1,151 @@
+"""The last common point of all doors: ``TokenizerManager.generate_request``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sglang_ape.entry import expand
+from sglang_ape.entry.call import ApeCall, ApeItem, Door, current_call
+from sglang_ape.entry.chat import ContextMarker
+from sglang_ape.errors import ApeRequestError
+from sglang_ape.limits import Limits
+from sglang_ape.spec import CUSTOM_PARAM_KEYS
+
+_FORBIDDEN_BESIDE_CONTEXTS = (
+    "image_data",
+    "video_data",
+    "audio_data",
+    "input_embeds",
+    "session_params",
+    "session_id",
+)
+
+
+class Entry(NamedTuple):
+    """What the way in needs to know of the engine; made once and kept by its tokenizer manager."""
+
+    tokenizer: Any  # None with skip_tokenizer_init
+    limits: Limits
+    defaults: expand.Defaults
+    marker: ContextMarker | None  # only where there are chat routes
+
+
+def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
+    """Describe a running engine.
+
+    Args:
+        manager: its ``TokenizerManager``.
+        pool_tokens: tokens of the scheduler's KV pool.
+        with_chat: whether chat templates will be rendered.
+    """
+    args, config = manager.server_args, manager.model_config
+    tokenizer = manager.tokenizer
+    return Entry(
+        tokenizer=tokenizer,
+        limits=Limits(
+            window=config.context_len,
+            context_tokens=args.ape_max_context_tokens,
+            pool_tokens=pool_tokens,
+            vocab_size=config.vocab_size,
+        ),
+        defaults=expand.Defaults(args.ape_temperature, args.ape_scale),
+        marker=ContextMarker(tokenizer) if with_chat and tokenizer is not None else None,
+    )
+
+
+def before_generate_request(manager: Any, obj: Any, request: Any = None) -> None:
+    """BEFORE hook on ``TokenizerManager.generate_request``: turn an APE call into token rows."""
+    if not manager.server_args.enable_ape:
+        return
+    call = current_call.get()
+    try:
+        _refuse_reserved_params(obj)
+        if call is not None:
+            apply_call(manager.ape_entry, call, obj)
+    except ApeRequestError as error:
+        if call is not None:
+            call.error = error
+        raise
+
+
+def apply_call(entry: Entry, call: ApeCall, obj: Any) -> None:
+    """Replace the text or ids of ``obj`` (a ``GenerateReqInput``, not yet normalised) by rows.
+
+    Raises:
+        ApeRequestError: the request cannot be served.
+    """
+    for name in _FORBIDDEN_BESIDE_CONTEXTS:
+        if getattr(obj, name, None):
+            raise ApeRequestError(f"{name} cannot be given beside contexts", name)
+    if obj.text is not None and obj.input_ids is not None:
+        raise ApeRequestError("give text or input_ids, not both", "input_ids")
+    queries, batched = _queries(obj)
+    name = call.door.text if obj.text is not None else call.door.ids
+    if (call.batched and not batched) or len(queries) != len(call.items):
+        wanted = f"{len(queries)} lists of contexts" if batched else "one list of contexts"
+        got = f"{len(call.items)} lists" if call.batched else "one list"
+        raise ApeRequestError(f"{name} needs {wanted}, got {got}", "contexts")
+
+    sampling = _sampling_params(obj.sampling_params, len(queries))
+    rows = []
+    for i, (item, query, params) in enumerate(zip(call.items, queries, sampling, strict=True)):
+        query_name = f"{name}[{i}]" if batched else name
+        row = _row(entry, call.door, item, query, params.get("max_new_tokens"), query_name)
+        if row.spec is not None:
+            custom = {**(params.get("custom_params") or {}), **row.spec.to_custom_params()}
+            sampling[i] = {**params, "custom_params": custom}
+        rows.append(row.input_ids)
+    obj.text = None
+    obj.input_ids = rows if batched else rows[0]
+    obj.sampling_params = sampling if batched else sampling[0]
+
+
+def _row(
+    entry: Entry, door: Door, item: ApeItem, query: Any, max_new_tokens: Any, query_name: str
+) -> expand.Row:
+    if door.chat:
+        assert entry.marker is not None  # the HTTP door marked the messages with it
+        prefix, query = entry.marker.split(query)
+        prefix_name = door.text
+    else:
+        prefix = expand.encode_prefix(entry.tokenizer, item.prefix, item.at)
+        prefix_name = "prefix_ids" if isinstance(item.prefix, list) else "prefix"
+        if isinstance(query, str):
+            query = expand.encode_text(entry.tokenizer, query, query_name)
+    contexts = expand.encode_contexts(entry.tokenizer, item.contexts, item.at)
+    names = expand.Names(prefix_name, f"contexts{item.at}", query_name, door.new_tokens)
+    new_tokens = max_new_tokens if isinstance(max_new_tokens, int) else None
+    expand.check_row(prefix, contexts, query, new_tokens, entry.limits, names)
+    return expand.build_row(prefix, contexts, query, item, entry.defaults)
+
+
+def _queries(obj: Any) -> tuple[list[Any], bool]:
+    """The query of each request, and whether there is a batch."""
+    value = obj.text if obj.text is not None else obj.input_ids
+    if value is None:
+        raise ApeRequestError("give text or input_ids beside contexts", "text")
+    if isinstance(value, str):
+        return [value], False
+    if value and isinstance(value[0], str | list):
+        return list(value), True
+    return [value], False
+
+
+def _sampling_params(value: Any, count: int) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        if len(value) != count:
+            raise ApeRequestError(
+                f"sampling_params has {len(value)} values for {count} requests", "sampling_params"
+            )
+        return [dict(params or {}) for params in value]
+    return [dict(value or {}) for _ in range(count)]
+
+
+def _refuse_reserved_params(obj: Any) -> None:
+    """Only :func:`apply_call` writes the flat APE parameters: the scheduler trusts them."""
+    value = getattr(obj, "sampling_params", None)
+    for params in value if isinstance(value, list) else [value]:
+        custom = params.get("custom_params") if isinstance(params, dict) else None
+        if isinstance(custom, dict) and not CUSTOM_PARAM_KEYS.isdisjoint(custom):
+            name = sorted(CUSTOM_PARAM_KEYS & custom.keys())[0]
+            raise ApeRequestError(f"custom_params.{name} is reserved; use contexts", "custom_params")

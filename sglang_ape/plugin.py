@@ -1,0 +1,174 @@
+"""Everything of SGLang that this package touches, in one list.
+
+Entry point ``sglang.srt.plugins``. SGLang runs :func:`register` in the main process and in every
+scheduler process and only logs what goes wrong there; therefore an APE server checks for itself
+that all of it took (:func:`verify`) before it starts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sglang_ape import arguments, compat
+
+
+class Hook(NamedTuple):
+    """One hooked function of SGLang."""
+
+    target: str
+    kind: str  # a member of sglang.srt.plugins.hook_registry.HookType
+    function: Callable[..., Any]
+
+
+def hooks() -> tuple[Hook, ...]:
+    """The hooked functions, in the order in which a request meets them."""
+    from sglang_ape.attention.batch import after_init_new
+    from sglang_ape.entry import engine, tokenizer_manager
+    from sglang_ape.limits import (
+        around_init_req_max_new_tokens,
+        around_validate_input_length,
+        around_validate_one_request,
+        extra_row_tokens,
+    )
+
+    srt = "sglang.srt"
+    manager = f"{srt}.managers.tokenizer_manager.TokenizerManager"
+    return (
+        # start-up: flags, refusals, width of the page table
+        Hook(f"{srt}.server_args.ServerArgs.__post_init__", "BEFORE", before_post_init),
+        Hook(f"{srt}.server_args.ServerArgs.check_server_args", "AFTER", after_check_server_args),
+        Hook(
+            f"{srt}.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",
+            "AFTER",
+            extra_row_tokens,
+        ),
+        # the way in: texts to token ids
+        Hook(f"{srt}.entrypoints.engine.Engine.generate", "AROUND", engine.around_generate),
+        Hook(
+            f"{srt}.entrypoints.engine.Engine.async_generate",
+            "AROUND",
+            engine.around_async_generate,
+        ),
+        Hook(f"{manager}.generate_request", "BEFORE", tokenizer_manager.before_generate_request),
+        # lengths: count positions, not tokens, against the model's window
+        Hook(f"{manager}._validate_one_request", "AROUND", around_validate_one_request),
+        Hook(
+            f"{srt}.managers.scheduler.Scheduler.init_req_max_new_tokens",
+            "AROUND",
+            around_init_req_max_new_tokens,
+        ),
+        Hook(
+            f"{srt}.managers.utils.validate_input_length", "AROUND", around_validate_input_length
+        ),
+        # every forward pass: positions
+        Hook(
+            f"{srt}.model_executor.forward_batch_info.ForwardBatch.init_new",
+            "AFTER",
+            after_init_new,
+        ),
+    )
+
+
+HTTP_MODULE = "sglang.srt.entrypoints.http_server"
+
+
+def http_hook() -> Hook:
+    """The hook of the HTTP server, whose module only the server's main process imports."""
+    from sglang_ape.entry.http import before_run_http_server
+
+    return Hook(f"{HTTP_MODULE}._setup_and_run_http_server", "BEFORE", before_run_http_server)
+
+
+def register() -> None:
+    """Entry point: add the flags, the hooks, the radix tree and the attention backends."""
+    compat.load().extend_server_args(arguments.FLAGS)
+    for hook in hooks():
+        _register_hook(hook)
+    _register_tree()
+    _register_attention()
+
+
+def verify() -> None:
+    """Refuse to run half-patched.
+
+    Raises:
+        RuntimeError: a hook or registration is missing in this process.
+    """
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.mem_cache.registry import get_radix_cache_factory
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    wanted = hooks()
+    if HTTP_MODULE in sys.modules:
+        wanted += (http_hook(),)
+    missing = [hook.target for hook in wanted if hook.target not in HookRegistry._patched]
+    if get_radix_cache_factory(arguments.TREE_BACKEND) is None:
+        missing.append(f"radix cache backend {arguments.TREE_BACKEND!r}")
+    for name in arguments.ATTENTION_BACKENDS:
+        if not getattr(ATTENTION_BACKENDS.get(name), "serves_ape", False):
+            missing.append(f"attention backend {name!r}")
+    if missing:
+        raise RuntimeError(
+            "--enable-ape: the plugin did not take; missing in this process: "
+            f"{', '.join(missing)}. SGLang logs the cause at start-up ('Failed to ...'); a "
+            "SGLANG_PLUGINS whitelist must name 'ape'"
+        )
+
+
+def before_post_init(args: Any) -> None:
+    """BEFORE hook on ``ServerArgs.__post_init__``."""
+    arguments.apply_defaults(args)
+
+
+def after_check_server_args(_result: None, args: Any) -> None:
+    """AFTER hook on ``ServerArgs.check_server_args``: the last step before processes start."""
+    if not args.enable_ape:
+        return
+    if HTTP_MODULE in sys.modules:
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        _register_hook(http_hook())
+        HookRegistry.apply_hooks()
+    verify()
+    arguments.refuse_combinations(args)
+    config = args.get_model_config()
+    arguments.refuse_model(config)
+    if args.ape_max_context_tokens is None:
+        args.override("ape", ape_max_context_tokens=config.context_len)
+
+
+def _register_hook(hook: Hook) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if hook.target not in HookRegistry._patched:
+        HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
+
+
+def _register_tree() -> None:
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+
+    def factory(ctx: Any) -> Any:
+        from sglang_ape.cache.tree import build_tree_cache
+
+        verify()
+        return build_tree_cache(ctx)
+
+    register_radix_cache_backend(arguments.TREE_BACKEND, factory)
+
+
+def _register_attention() -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    stock = ATTENTION_BACKENDS["torch_native"]
+
+    def torch_native(runner: Any) -> Any:
+        if not runner.server_args.enable_ape:
+            return stock(runner)
+        from sglang_ape.attention.torch_native import ApeTorchNativeBackend
+
+        return ApeTorchNativeBackend(runner)
+
+    torch_native.serves_ape = True  # type: ignore[attr-defined]  # read by verify()
+    ATTENTION_BACKENDS["torch_native"] = torch_native

@@ -1,0 +1,50 @@
+"""The APE side of a scheduler request (``managers/schedule_batch.py: Req``)."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_ape.spec import ApeSpec
+
+_UNREAD = object()
+
+
+def spec_of(req: Any) -> ApeSpec | None:
+    """The spec of a request in its present row order, None for a plain one.
+
+    An aborted request carries a one-token stub instead of its row
+    (``Req.set_finish_with_abort``) and counts as plain.
+    """
+    spec = getattr(req, "ape_spec", _UNREAD)
+    if spec is _UNREAD:
+        spec = ApeSpec.from_custom_params(req.sampling_params.custom_params)
+        req.ape_spec = spec
+    if spec is None or len(req.origin_input_ids) <= spec.context_end:
+        return None
+    return spec
+
+
+def reorder_contexts(req: Any, spec: ApeSpec, order: Sequence[int]) -> ApeSpec:
+    """Put context ``order[k]`` at place k of the request's row.
+
+    Allowed only while no row is allocated (``req.req_pool_idx is None``): afterwards slots and
+    tokens would part.
+    """
+    lens, starts = spec.context_lens, spec.context_starts
+
+    def permuted(ids: array) -> array:
+        out = ids[: spec.prefix_len]
+        for i in order:
+            out += ids[starts[i] : starts[i] + lens[i]]
+        return out + ids[spec.context_end :]
+
+    shared = req.origin_input_ids_unpadded is req.origin_input_ids
+    req.origin_input_ids = permuted(req.origin_input_ids)
+    if shared:
+        req.origin_input_ids_unpadded = req.origin_input_ids
+    if len(req.full_untruncated_fill_ids) >= spec.context_end:
+        req.full_untruncated_fill_ids = permuted(req.full_untruncated_fill_ids)
+    req.ape_spec = spec.reordered(order)
+    return req.ape_spec
