@@ -59,9 +59,7 @@ def hooks() -> tuple[Hook, ...]:
             "AROUND",
             around_init_req_max_new_tokens,
         ),
-        Hook(
-            f"{srt}.managers.utils.validate_input_length", "AROUND", around_validate_input_length
-        ),
+        Hook(f"{srt}.managers.utils.validate_input_length", "AROUND", around_validate_input_length),
         # every forward pass: positions
         Hook(
             f"{srt}.model_executor.forward_batch_info.ForwardBatch.init_new",

@@ -8,8 +8,6 @@ from typing import Any
 
 from sglang_ape.spec import ApeSpec
 
-_UNREAD = object()
-
 
 def spec_of(req: Any) -> ApeSpec | None:
     """The spec of a request in its present row order, None for a plain one.
@@ -17,10 +15,9 @@ def spec_of(req: Any) -> ApeSpec | None:
     An aborted request carries a one-token stub instead of its row
     (``Req.set_finish_with_abort``) and counts as plain.
     """
-    spec = getattr(req, "ape_spec", _UNREAD)
-    if spec is _UNREAD:
-        spec = ApeSpec.from_custom_params(req.sampling_params.custom_params)
-        req.ape_spec = spec
+    if not hasattr(req, "ape_spec"):
+        req.ape_spec = ApeSpec.from_custom_params(req.sampling_params.custom_params)
+    spec = req.ape_spec
     if spec is None or len(req.origin_input_ids) <= spec.context_end:
         return None
     return spec

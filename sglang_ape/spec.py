@@ -26,7 +26,7 @@ CUSTOM_PARAM_KEYS = frozenset({PREFIX_LEN, CONTEXT_LENS, TEMPERATURE, SCALE, NAM
 class Segment(NamedTuple):
     """A half-open range of rows inside one context."""
 
-    index: int  # which context
+    context: int  # its index
     start: int
     stop: int
 
@@ -92,8 +92,9 @@ class ApeSpec:
         context.
         """
         out = np.arange(start, stop, dtype=np.int64)
-        for index, begin, end in self.context_segments(start, stop):
-            out[begin - start : end - start] -= self.context_starts[index] - self.prefix_len
+        for context, begin, end in self.context_segments(start, stop):
+            shift = self.context_starts[context] - self.prefix_len
+            out[begin - start : end - start] -= shift
         out[max(self.context_end - start, 0) :] -= self.hidden_tokens
         return out
 

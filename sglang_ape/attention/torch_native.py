@@ -84,10 +84,12 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
             if work.spec is None:
                 self._stock(q, out, layer, forward_batch, i, work.rows)
             else:
-                self._attend(q, out, layer, work)
+                self._attend(q, out, layer, work, work.spec)
         return out.view(q.shape[0], -1)
 
-    def _attend(self, q: torch.Tensor, out: torch.Tensor, layer: Any, work: _Work) -> None:
+    def _attend(
+        self, q: torch.Tensor, out: torch.Tensor, layer: Any, work: _Work, spec: ApeSpec
+    ) -> None:
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         scale, lse = layer.scaling, None
@@ -97,7 +99,7 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
         if work.query_rows is None:
             return
         # The query's path is the last one: ``state`` and ``lse`` are its own, still in fp32.
-        spec, slots, rows = work.spec, work.context_slots, work.query_rows
+        slots, rows = work.context_slots, work.query_rows
         contexts, contexts_lse = attention_state(
             q[rows], keys[slots], values[slots], scale / spec.temperature, causal=False
         )

@@ -291,7 +291,9 @@ def build_tree_cache(ctx: Any) -> Any:
     from sglang.srt.mem_cache.registry import default_radix_cache_factory
 
     if ctx.is_hybrid_swa or ctx.is_hybrid_ssm:
-        raise ValueError("--enable-ape cannot serve models with sliding-window or state-space layers")
+        raise ValueError(
+            "--enable-ape cannot serve models with sliding-window or state-space layers"
+        )
     if ctx.disable_radix_cache:
         return default_radix_cache_factory(ctx)
     return ApeRadixCache(ctx.params)

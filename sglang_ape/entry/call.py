@@ -25,9 +25,9 @@ class ApeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    temperature: (
-        Annotated[float, Field(gt=0, le=MAX_TEMPERATURE, allow_inf_nan=False)] | None
-    ) = None
+    temperature: Annotated[float, Field(gt=0, le=MAX_TEMPERATURE, allow_inf_nan=False)] | None = (
+        None
+    )
     scale: Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)] | None = None
     soft: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     refine: Annotated[int, Field(ge=0)] = 0
@@ -36,7 +36,7 @@ class ApeOptions(BaseModel):
 class ApeItem(NamedTuple):
     """One APE request as its caller gave it; ``at`` is the index in a batch, as in ``[2]``."""
 
-    contexts: list[Text]
+    contexts: Sequence[Text]
     prefix: Text | None  # None: the default prefix, or the chat template's
     options: ApeOptions
     at: str

@@ -73,10 +73,10 @@ class ApeMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            body = await _read_body(receive)
-            if body is None:  # the client has gone
+            whole = await _read_body(receive)
+            if whole is None:  # the client has gone
                 return
-            call = None
+            call, body = None, whole
             if any(mark in body for mark in _MARKS):
                 # Parsing and tokenising a large body would hold up every other request.
                 call, body = await asyncio.to_thread(self._take_fields, door, body)

@@ -148,4 +148,6 @@ def _refuse_reserved_params(obj: Any) -> None:
         custom = params.get("custom_params") if isinstance(params, dict) else None
         if isinstance(custom, dict) and not CUSTOM_PARAM_KEYS.isdisjoint(custom):
             name = sorted(CUSTOM_PARAM_KEYS & custom.keys())[0]
-            raise ApeRequestError(f"custom_params.{name} is reserved; use contexts", "custom_params")
+            raise ApeRequestError(
+                f"custom_params.{name} is reserved; use contexts", "custom_params"
+            )

@@ -1,0 +1,242 @@
+"""Served tokens and log-probabilities equal the oracle's in every scheduling situation."""
+
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.support.deployments import DEPLOYMENTS, Deployment
+from tests.support.oracle import Completion, Oracle
+from tests.support.server import Server
+
+TOLERANCE = 1e-4
+NEW_TOKENS = 8
+
+Ids = list[int]
+
+
+class Bench:
+    """A server, its oracle, and random material."""
+
+    def __init__(self, deployment: Deployment, server: Server, oracle: Oracle) -> None:
+        self.deployment = deployment
+        self.server = server
+        self.oracle = oracle
+        self.rng = random.Random(0)
+
+    def ids(self, length: int) -> Ids:
+        return [self.rng.randrange(4, 512) for _ in range(length)]
+
+    def texts(self, *lengths: int) -> list[Ids]:
+        return [self.ids(length) for length in lengths]
+
+    def check(
+        self,
+        prefix: Ids,
+        contexts: Sequence[Ids],
+        query: Ids,
+        temperature: float = 0.9,
+        scale: float = 0.9,
+        new_tokens: int = NEW_TOKENS,
+    ) -> dict[str, Any]:
+        """Ask once, compare with the oracle, and return the answer's ``meta_info``."""
+        body = _body(prefix, contexts, query, temperature, scale, new_tokens)
+        expected = self.oracle.generate(prefix, contexts, query, new_tokens, temperature, scale)
+        answer = self.server.generate(body)
+        assert_equal(answer, expected)
+        self.server.assert_clean()
+        return answer["meta_info"]
+
+
+def _body(
+    prefix: Ids, contexts: Sequence[Ids], query: Ids, t: float, s: float, new_tokens: int
+) -> dict[str, Any]:
+    return {
+        "prefix_ids": prefix,
+        "contexts": [{"input_ids": context} for context in contexts],
+        "input_ids": query,
+        "ape": {"temperature": t, "scale": s},
+        **_sampling(new_tokens),
+    }
+
+
+def _plain_body(ids: Ids, new_tokens: int) -> dict[str, Any]:
+    return {"input_ids": ids, **_sampling(new_tokens)}
+
+
+def _sampling(new_tokens: int) -> dict[str, Any]:
+    greedy = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    return {"sampling_params": greedy, "return_logprob": True}
+
+
+def assert_equal(answer: dict[str, Any], expected: Completion) -> None:
+    served = [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
+    assert answer["output_ids"] == expected.token_ids
+    worst = max(abs(a - b) for a, b in zip(served, expected.logprobs, strict=True))
+    assert worst <= TOLERANCE, f"log-probabilities differ by {worst}"
+
+
+@pytest.fixture(scope="module", params=DEPLOYMENTS, ids=lambda deployment: deployment.name)
+def bench(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
+    deployment = request.param
+    model = request.getfixturevalue(deployment.model)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(model, deployment.all_flags, log, deployment.env) as server:
+        yield Bench(deployment, server, Oracle(model))
+
+
+def test_cold_then_warm_then_permuted_give_the_same_answer(bench: Bench) -> None:
+    prefix, query = bench.ids(5), bench.ids(6)
+    contexts = bench.texts(7, 40, 3, 19)
+    total = 5 + 69 + 6
+    cold = bench.check(prefix, contexts, query)
+    assert (cold["prompt_tokens"], cold["cached_tokens"]) == (total, 0)
+    warm = bench.check(prefix, contexts, query)
+    permuted = bench.check(prefix, [contexts[i] for i in (2, 0, 3, 1)], query)
+    if bench.deployment.caches:
+        assert warm["cached_tokens"] == permuted["cached_tokens"] == total - 1
+
+
+def test_a_subset_and_a_superset_reuse_what_is_cached(bench: Bench) -> None:
+    prefix, contexts = bench.ids(8), bench.texts(21, 33, 12, 5)
+    bench.check(prefix, contexts, bench.ids(9))
+    subset = bench.check(prefix, [contexts[3], contexts[1]], bench.ids(9))
+    superset = bench.check(prefix, [bench.ids(14), *contexts[::-1]], bench.ids(9))
+    if bench.deployment.caches:
+        assert subset["cached_tokens"] == 8 + 5 + 33
+        assert superset["cached_tokens"] == 8 + 21 + 33 + 12 + 5
+
+
+def test_equal_contexts_count_as_often_as_they_are_given(bench: Bench) -> None:
+    prefix, query, twin, other = bench.texts(4, 6, 18, 11)
+    bench.check(prefix, [twin, other, twin, twin], query)
+    bench.check(prefix, [twin, twin], query)
+
+
+def test_one_context(bench: Bench) -> None:
+    bench.check(bench.ids(5), bench.texts(23), bench.ids(7), temperature=0.4, scale=0.6)
+
+
+def test_one_context_at_unit_temperature_and_scale_is_the_plain_request(bench: Bench) -> None:
+    prefix, context, query = bench.texts(6, 25, 8)
+    answer = bench.server.generate(_body(prefix, [context], query, 1, 1, NEW_TOKENS))
+    plain = bench.server.generate(_plain_body(prefix + context + query, NEW_TOKENS))
+    assert answer["output_ids"] == plain["output_ids"]
+    assert_equal(plain, bench.oracle.generate_plain(prefix + context + query, NEW_TOKENS))
+    # T = 1 + 1e-9 takes the two-pass attention to the same result.
+    bench.check(prefix, [context], query, temperature=1 + 1e-9, scale=1)
+
+
+def test_hundreds_of_contexts_beyond_the_window(bench: Bench) -> None:
+    count = 300 if bench.deployment.pool_tokens > 4000 else 60
+    bench.check(bench.ids(6), bench.texts(*[12] * count), bench.ids(10))
+
+
+def test_contexts_of_one_token(bench: Bench) -> None:
+    bench.check(bench.ids(3), bench.texts(1, 1, 1, 9, 1), bench.ids(2))
+
+
+def test_no_prefix_at_all(bench: Bench) -> None:
+    bench.check([], bench.texts(9, 17), bench.ids(5))
+
+
+def test_a_query_of_one_token(bench: Bench) -> None:
+    prefix, contexts, query = bench.ids(5), bench.texts(9, 17), bench.ids(1)
+    for _ in range(2):
+        bench.check(prefix, contexts, query)
+
+
+def test_temperature_and_scale_at_their_bounds(bench: Bench) -> None:
+    prefix, contexts, query = bench.ids(5), bench.texts(9, 17), bench.ids(6)
+    for temperature, scale in ((0.05, 1.0), (10.0, 1.0), (0.7, 0.0), (1.0, 3.0)):
+        bench.check(prefix, contexts, query, temperature, scale)
+
+
+def test_different_temperatures_and_scales_in_one_batch(bench: Bench) -> None:
+    settings = [(0.9, 0.9), (0.2, 0.8), (1.0, 1.0), (2.0, 0.5)]
+    prefix, contexts, query = bench.ids(5), bench.texts(31, 8, 16), bench.ids(6)
+    body = {
+        "prefix_ids": prefix,
+        "contexts": [[{"input_ids": ids} for ids in contexts]] * len(settings),
+        "input_ids": [query] * len(settings),
+        "ape": [{"temperature": t, "scale": s} for t, s in settings],
+        **_sampling(NEW_TOKENS),
+    }
+    for answer, (t, s) in zip(bench.server.generate(body), settings, strict=True):
+        assert_equal(answer, bench.oracle.generate(prefix, contexts, query, NEW_TOKENS, t, s))
+    bench.server.assert_clean()
+
+
+def test_a_second_turn_over_the_same_contexts_finds_the_first(bench: Bench) -> None:
+    prefix, contexts, query = bench.ids(5), bench.texts(31, 8), bench.ids(6)
+    first = bench.oracle.generate(prefix, contexts, query, NEW_TOKENS, 0.9, 0.9).token_ids
+    bench.check(prefix, contexts, query)
+    turn = bench.check(prefix, contexts[::-1], query + first + bench.ids(4))
+    if bench.deployment.caches:
+        # The last new token was never fed back, unless the overlapped step after it has begun.
+        assert turn["cached_tokens"] - (5 + 39 + 6 + NEW_TOKENS) in (-1, 0)
+
+
+def test_plain_requests_and_contexts_share_kv_in_both_directions(bench: Bench) -> None:
+    prefix, contexts, query = bench.ids(10), bench.texts(40, 30), bench.ids(5)
+    bench.check(prefix, contexts, query)
+    plain = prefix + contexts[1] + bench.ids(6)
+    answer = bench.server.generate(_plain_body(plain, NEW_TOKENS))
+    assert_equal(answer, bench.oracle.generate_plain(plain, NEW_TOKENS))
+
+    prefix, contexts = bench.ids(10), bench.texts(40, 30)
+    plain = prefix + contexts[0]
+    bench.server.generate(_plain_body(plain, NEW_TOKENS))
+    meta = bench.check(prefix, contexts, query)
+    if bench.deployment.caches:
+        assert answer["meta_info"]["cached_tokens"] == 10 + 30
+        assert meta["cached_tokens"] == 10 + 40
+
+
+def test_every_context_once_seen_is_never_computed_again(bench: Bench) -> None:
+    if not bench.deployment.caches:
+        pytest.skip("the radix cache is off")
+    prefix, documents = bench.ids(12), bench.texts(30, 41, 22, 35)
+    bench.check(prefix, documents, bench.ids(5))
+    for _ in range(8):
+        contexts = bench.rng.sample(documents, 3)
+        meta = bench.check(prefix, contexts, bench.ids(5))
+        assert meta["cached_tokens"] == 12 + sum(map(len, contexts))
+
+
+def test_prompt_logprobs_of_the_query_are_those_of_the_oracle(bench: Bench) -> None:
+    prefix, contexts, query = bench.ids(5), bench.texts(31, 8), bench.ids(9)
+    start = 5 + 39
+    expected = bench.oracle.query_logprobs(prefix, contexts, query, 0.9, 0.9)
+    for _ in range(2):
+        body = _body(prefix, contexts, query, 0.9, 0.9, 1) | {"logprob_start_len": start}
+        rows = bench.server.generate(body)["meta_info"]["input_token_logprobs"]
+        assert [token for _, token, _ in rows] == query
+        served = [logprob for logprob, *_ in rows[1:]]
+        worst = max(abs(a - b) for a, b in zip(served, expected, strict=True))
+        assert worst <= TOLERANCE
+
+
+def test_a_crowd_of_apes_and_plain_requests_all_get_their_own_answer(bench: Bench) -> None:
+    prefix, documents = bench.ids(9), bench.texts(60, 45, 80, 30, 52, 71, 24, 38)
+    jobs = []
+    for i in range(24):
+        query, new_tokens = bench.ids(bench.rng.randint(1, 12)), bench.rng.randint(4, 16)
+        if i % 4 == 3:
+            plain = prefix + bench.rng.choice(documents) + query
+            expected = bench.oracle.generate_plain(plain, new_tokens)
+            jobs.append((_plain_body(plain, new_tokens), expected))
+            continue
+        chosen = bench.rng.choices(documents, k=bench.rng.randint(1, 5))
+        t, s = bench.rng.choice([(0.9, 0.9), (0.5, 1.0), (1.5, 0.7)])
+        expected = bench.oracle.generate(prefix, chosen, query, new_tokens, t, s)
+        jobs.append((_body(prefix, chosen, query, t, s, new_tokens), expected))
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(bench.server.generate, [body for body, _ in jobs]))
+    for answer, (_, expected) in zip(answers, jobs, strict=True):
+        assert_equal(answer, expected)
+    bench.server.flush()

@@ -1,0 +1,48 @@
+"""The ways of running the engine that must all give the oracle's answer."""
+
+from typing import NamedTuple
+
+
+class Deployment(NamedTuple):
+    """One server configuration; all have APE enabled."""
+
+    name: str
+    model: str  # name of the fixture that makes the checkpoint
+    flags: tuple[str, ...]
+    env: dict[str, str]
+    pool_tokens: int
+    caches: bool = True
+
+    @property
+    def all_flags(self) -> tuple[str, ...]:
+        return (
+            *("--enable-ape", "--ape-max-context-tokens", "4000"),
+            *("--max-total-tokens", str(self.pool_tokens), *self.flags),
+        )
+
+
+DEPLOYMENTS = (
+    Deployment("default", "tiny_llama", (), {}, 8192),
+    Deployment(
+        "qwen2, no overlap, msgpack, chunks of 16",
+        "tiny_qwen2",
+        ("--disable-overlap-schedule", "--chunked-prefill-size", "16"),
+        {"SGLANG_USE_PICKLE_IPC": "false"},
+        8192,
+    ),
+    Deployment(
+        "small pool, forced retraction",
+        "tiny_llama",
+        ("--chunked-prefill-size", "64"),
+        {"SGLANG_TEST_RETRACT": "true"},
+        1000,
+    ),
+    Deployment(
+        "mixed chunks, longest prefix match",
+        "tiny_llama",
+        ("--enable-mixed-chunk", "--schedule-policy", "lpm", "--chunked-prefill-size", "16"),
+        {},
+        8192,
+    ),
+    Deployment("no radix cache", "tiny_llama", ("--disable-radix-cache",), {}, 8192, caches=False),
+)
