@@ -73,7 +73,7 @@ $(STAMP): pyproject.toml constraints.txt | $(UV)
 	@rm -f '$@'
 	@$(CHECK_VENV)
 	@echo "Installing into $(VENV) (about 9 GB with SGLang and PyTorch)"
-	$(UV) pip install --python $(PY) -c constraints.txt -e '.[test,bench]' gguf uv
+	$(UV) pip install --python $(PY) -c constraints.txt -e '.[test,bench,demo]' uv
 	@echo '$(CURDIR)' > '$@'
 
 $(UV):
@@ -93,11 +93,11 @@ which-python: ## print the interpreter that a new environment is made with
 
 .PHONY: constraints
 constraints: | $(UV) ## pin the newest versions that fit together into constraints.txt
-	printf 'gguf\nuv\n' | $(UV) pip compile --quiet --upgrade --no-annotate --no-emit-index-url \
+	printf 'uv\n' | $(UV) pip compile --quiet --upgrade --no-annotate --no-emit-index-url \
 	  --custom-compile-command 'make constraints' \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
-	  --extra test --extra bench pyproject.toml - -o constraints.txt
-	printf 'gguf\nuv\n' | $(UV) pip compile --quiet -c constraints.txt --no-header --no-annotate \
+	  --extra test --extra bench --extra demo pyproject.toml - -o constraints.txt
+	printf 'uv\n' | $(UV) pip compile --quiet -c constraints.txt --no-header --no-annotate \
 	  --no-emit-index-url --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
-	  --extra test --extra bench pyproject.toml - | diff <(grep -v '^#' constraints.txt) - \
+	  --extra test --extra bench --extra demo pyproject.toml - | diff <(grep -v '^#' constraints.txt) - \
 	  || { echo "Python 3.12 needs other pins than 3.11 (above)" >&2; exit 1; }

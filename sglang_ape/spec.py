@@ -116,8 +116,8 @@ class ApeSpec:
     def from_custom_params(cls, params: Any) -> ApeSpec | None:
         """The inverse of :meth:`to_custom_params`; None for a plain request.
 
-        The values are trusted: the tokenizer process lets no other writer of these keys through
-        (``entry.expand.expand_request``).
+        The values are trusted: no other writer of these keys gets past the tokenizer manager
+        (``entry.tokenizer_manager``).
         """
         if not isinstance(params, dict) or CONTEXT_LENS not in params:
             return None

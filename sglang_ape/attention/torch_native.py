@@ -66,9 +66,10 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
         else:
             lens = forward_batch.extend_seq_lens_cpu
         work, offset = [], 0
-        table = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices]
-        for row, spec, stop, length in zip(table, specs, stops, lens, strict=True):
-            work.append(_request_work(row, spec, stop - length, stop, offset))
+        table = self.req_to_token_pool.req_to_token
+        indices = forward_batch.req_pool_indices.tolist()
+        for index, spec, stop, length in zip(indices, specs, stops, lens, strict=True):
+            work.append(_request_work(table[index], spec, stop - length, stop, offset))
             offset += length
         return work
 
@@ -144,7 +145,7 @@ def _request_work(
     if spec is None:
         return _Work(None, tokens((start, stop)), [], None, None)
     plan = plan_request(spec, start, stop)
-    row = row.long()
+    row = row[:stop].long()
     paths = [
         _PathWork(tokens(path.rows), torch.cat([row[a:b] for a, b in path.kv]))
         for path in plan.paths

@@ -13,9 +13,9 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
     DecLockRefParams,
@@ -51,6 +51,14 @@ class _Hit(NamedTuple):
     node: TreeNode
 
 
+class _Found(NamedTuple):
+    """The contexts that a row can start with."""
+
+    values: list[torch.Tensor]  # KV slots in row order
+    nodes: tuple[TreeNode, ...]  # the deepest one of each
+    whole: bool  # all contexts of the row, to their ends
+
+
 class ApeRadixCache(RadixCache):
     """A radix cache that also matches, locks and stores composite rows."""
 
@@ -65,14 +73,17 @@ class ApeRadixCache(RadixCache):
         if not isinstance(node, Handle):
             return super().inc_lock_ref(node)
         delta = super().inc_lock_ref(node.prefix).delta
-        for part in _below_prefix(node):
-            if part.lock_ref == 0:
-                size = len(part.key)
-                self.evictable_size_ -= size
-                self.protected_size_ += size
-                self.evictable_leaves.discard(part)
-                delta -= size
-            part.lock_ref += 1
+        stop = node.prefix
+        for part in node.contexts:
+            while part is not stop:
+                if part.lock_ref == 0:
+                    size = len(part.key.token_ids)
+                    self.evictable_size_ -= size
+                    self.protected_size_ += size
+                    self.evictable_leaves.discard(part)
+                    delta -= size
+                part.lock_ref += 1
+                part = part.parent
         if node.query is not None:
             delta += super().inc_lock_ref(node.query).delta
         return IncLockRefResult(delta=delta)
@@ -81,14 +92,18 @@ class ApeRadixCache(RadixCache):
         if not isinstance(node, Handle):
             return super().dec_lock_ref(node, params)
         delta = 0
-        for part in _below_prefix(node):
-            part.lock_ref -= 1
-            if part.lock_ref == 0:
-                size = len(part.key)
-                self.evictable_size_ += size
-                self.protected_size_ -= size
-                self._update_leaf_status(part)
-                delta += size
+        stop = node.prefix
+        for part in node.contexts:
+            while part is not stop:
+                part.lock_ref -= 1
+                if part.lock_ref == 0:
+                    size = len(part.key.token_ids)
+                    self.evictable_size_ += size
+                    self.protected_size_ -= size
+                    if not part.children:
+                        self.evictable_leaves.add(part)
+                    delta += size
+                part = part.parent
         delta += super().dec_lock_ref(node.prefix).delta
         if node.query is not None:
             delta += super().dec_lock_ref(node.query).delta
@@ -103,13 +118,13 @@ class ApeRadixCache(RadixCache):
         if spec is None or self.disable:
             super().cache_unfinished_req(req, chunked=chunked)
             return
-        ids = req.get_fill_ids()
-        handle = self._store_row(req, spec, ids, chunked)
+        end = req.extend_range.end
+        handle = self._store_row(req, spec, req.full_untruncated_fill_ids, end, chunked)
         self.inc_lock_ref(handle)
         self.dec_lock_ref(req.last_node)
-        row = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(ids)]
+        row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :end]
         req.prefix_indices = row.to(torch.int64, copy=True)
-        req.cache_protected_len = len(ids)
+        req.cache_protected_len = end
         req.last_node = handle
 
     def cache_finished_req(
@@ -120,10 +135,14 @@ class ApeRadixCache(RadixCache):
             super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
             return
         if is_insert and not self.disable_finished_insert:
-            ids = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
-            _mark_used(self._store_row(req, spec, ids, chunked=False), req.priority or 0)
+            ids = req.origin_input_ids + req.output_ids
+            end = min(kv_len_to_handle, len(ids))
+            handle = self._store_row(req, spec, ids, end, chunked=False)
+            _mark_used(handle, req.priority or 0)
         else:
-            self._free_row(req, req.cache_protected_len, kv_len_to_handle)
+            start = req.cache_protected_len
+            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, start:kv_len_to_handle]
+            self.token_to_kv_pool_allocator.free_segment(row.to(torch.int64), start_pos=start)
         if req.last_node is not None:
             self.dec_lock_ref(req.last_node)
 
@@ -141,6 +160,58 @@ class ApeRadixCache(RadixCache):
         if sum(map(len, values)) < spec.prefix_len:
             return self._result(values, handle, limit)
 
+        found = self._match_all(prefix_node, spec, ids, extra_key)
+        if found is None:
+            found = self._match_some(req, spec, prefix_node, ids, extra_key, limit)
+        values = values + found.values
+        handle = handle._replace(contexts=found.nodes)
+        if found.whole and limit > spec.context_end:
+            query = RadixKey(ids[spec.context_end : limit], _query_namespace(extra_key, spec))
+            query_values, node = self._match_path(self.root_node, query)
+            if query_values:
+                values += query_values
+                handle = handle._replace(query=node)
+        return self._result(values, handle, limit)
+
+    def _match_all(
+        self, prefix_node: TreeNode, spec: ApeSpec, ids: array, extra_key: str | None
+    ) -> _Found | None:
+        """The contexts if every one is in the tree whole, the usual case, else None.
+
+        Nodes are picked by first token and length, and the tokens of all compared at once.
+        """
+        path, ends = [], []
+        row = slice(spec.prefix_len, spec.context_end)
+        for start, stop in zip(spec.context_starts, spec.context_stops, strict=True):
+            node = prefix_node
+            while start < stop:
+                first = ids[start]
+                node = node.children.get(first if extra_key is None else (extra_key, first))
+                if node is None:
+                    return None
+                path.append(node)
+                start += len(node.key.token_ids)
+            if start > stop:
+                return None
+            ends.append(node)
+        cached = np.frombuffer(b"".join([node.key.token_ids for node in path]), np.int64)
+        if not np.array_equal(cached, np.frombuffer(ids, np.int64)[row]):
+            return None
+        now = time.monotonic()
+        for node in path:
+            node.last_access_time = now
+        return _Found([node.value for node in path], tuple(ends), True)
+
+    def _match_some(
+        self,
+        req: Any,
+        spec: ApeSpec,
+        prefix_node: TreeNode,
+        ids: array,
+        extra_key: str | None,
+        limit: int,
+    ) -> _Found:
+        """The longest run of cached contexts at the head of the row, reordered if it may be."""
         hits = self._match_contexts(prefix_node, spec, ids, extra_key)
         order = cached_first([hit.length for hit in hits], spec.context_lens)
         may_reorder = req.req_pool_idx is None and limit >= spec.context_end
@@ -155,16 +226,9 @@ class ApeRadixCache(RadixCache):
             used.append(hit)
             if hit.length < length:
                 break
-        values = values + [slots for hit in used for slots in hit.values]
-        handle = handle._replace(contexts=tuple(hit.node for hit in used))
         whole = len(used) == len(hits) and used[-1].length == spec.context_lens[-1]
-        if whole and limit > spec.context_end:
-            query = RadixKey(ids[spec.context_end : limit], _query_namespace(extra_key, spec))
-            query_values, node = self._match_path(self.root_node, query)
-            if query_values:
-                values += query_values
-                handle = handle._replace(query=node)
-        return self._result(values, handle, limit)
+        values = [slots for hit in used for slots in hit.values]
+        return _Found(values, tuple(hit.node for hit in used), whole)
 
     def _match_contexts(
         self, prefix_node: TreeNode, spec: ApeSpec, ids: array, extra_key: str | None
@@ -195,17 +259,16 @@ class ApeRadixCache(RadixCache):
             last_device_node=handle,
             last_host_node=handle,
             best_match_node=handle,
-            cache_protected_len=len(indices),
         )
 
-    def _store_row(self, req: Any, spec: ApeSpec, ids: array, chunked: bool) -> Handle:
-        """Hand rows [cache_protected_len, len(ids)) to the tree, which owns them from then on.
+    def _store_row(self, req: Any, spec: ApeSpec, ids: array, end: int, chunked: bool) -> Handle:
+        """Hand rows [cache_protected_len, end) to the tree, which owns them from then on.
 
         Slots of tokens that the tree holds already are freed and replaced in the row by the
         tree's. Rows before ``cache_protected_len`` are the tree's, locked through
         ``req.last_node``. The handle returned is not locked.
         """
-        end, done = len(ids), req.cache_protected_len
+        done = req.cache_protected_len
         old = req.last_node
         if not isinstance(old, Handle):  # nothing was matched
             old = Handle(self.root_node, (), None)
@@ -246,26 +309,16 @@ class ApeRadixCache(RadixCache):
         known, node = self._insert_helper(parent, key, slots, priority, chunked)
         own = max(done, start)
         if start + known > own:
-            self._free_row(req, own, start + known)
+            # The row is overwritten below while the allocator may put the freeing off
+            # (free_group_begin), so it gets a copy of the slots and never a view of the row.
+            duplicates = slots[own - start : known]
+            self.token_to_kv_pool_allocator.free_segment(duplicates, start_pos=own)
             values, _ = self._match_path(parent, key[:known])
             canonical = torch.cat(values)[own - start :]
             self.req_to_token_pool.write(
                 (req.req_pool_idx, slice(own, start + known)), canonical.to(torch.int32)
             )
         return node
-
-    def _free_row(self, req: Any, start: int, stop: int) -> None:
-        slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, start:stop]
-        self.token_to_kv_pool_allocator.free_segment(slots, start_pos=start)
-
-
-def _below_prefix(handle: Handle) -> Iterator[TreeNode]:
-    """Every node of the context paths, once for each context that runs through it."""
-    stop = handle.prefix
-    for node in handle.contexts:
-        while node is not stop:
-            yield node
-            node = node.parent
 
 
 def _query_namespace(extra_key: str | None, spec: ApeSpec) -> tuple[str, str | None, str]:
@@ -279,7 +332,8 @@ def _mark_used(handle: Handle, priority: int) -> None:
     for node in (handle.prefix, *handle.contexts):
         node.last_access_time = now
         node.hit_count += 1
-        node.priority = max(node.priority, priority)
+        if node.priority < priority:
+            node.priority = priority
 
 
 def build_tree_cache(ctx: Any) -> Any:

@@ -38,6 +38,7 @@ class ApeItem(NamedTuple):
 
     contexts: Sequence[Text]
     prefix: Text | None  # None: the default prefix, or the chat template's
+    prefix_name: str  # as the caller wrote it
     options: ApeOptions
     at: str
 
@@ -122,7 +123,8 @@ def parse_call(fields: Mapping[str, Any], door: Door) -> ApeCall | None:
 def _parse_item(fields: Mapping[str, Any], contexts: Sequence[Any], index: int | None) -> ApeItem:
     at = "" if index is None else f"[{index}]"
     parsed = [_parse_context(value, f"contexts{at}[{i}]") for i, value in enumerate(contexts)]
-    return ApeItem(parsed, _parse_prefix(fields, index), _parse_options(fields, index), at)
+    prefix, prefix_name = _parse_prefix(fields, index)
+    return ApeItem(parsed, prefix, prefix_name, _parse_options(fields, index), at)
 
 
 def _parse_context(value: Any, param: str) -> Text:
@@ -175,7 +177,7 @@ def _parse_ids(value: Any, param: str, allow_empty: bool = False) -> list[int]:
     return list(value)
 
 
-def _parse_prefix(fields: Mapping[str, Any], index: int | None) -> Text | None:
+def _parse_prefix(fields: Mapping[str, Any], index: int | None) -> tuple[Text | None, str]:
     text, ids = fields.get("prefix"), fields.get("prefix_ids")
     if text is not None and ids is not None:
         raise ApeRequestError("give prefix or prefix_ids, not both", "prefix_ids")
@@ -183,12 +185,12 @@ def _parse_prefix(fields: Mapping[str, Any], index: int | None) -> Text | None:
         text, param = _of_item(text, "prefix", index)
         if not isinstance(text, str):
             raise ApeRequestError(f"{param} must be a string, got {_kind(text)}", param)
-        return check_text(text, param)
+        return check_text(text, param), param
     if ids is not None:
         nested = isinstance(ids, list | tuple) and bool(ids) and isinstance(ids[0], list | tuple)
         ids, param = _of_item(ids, "prefix_ids", index) if nested else (ids, "prefix_ids")
-        return _parse_ids(ids, param, allow_empty=True)
-    return None
+        return _parse_ids(ids, param, allow_empty=True), param
+    return None, "prefix_ids"
 
 
 def _parse_options(fields: Mapping[str, Any], index: int | None) -> ApeOptions:

@@ -38,7 +38,7 @@ def encode_text(tokenizer: Any, text: str, param: str, special_tokens: bool = Fa
     return tokenizer.encode(check_text(text, param), add_special_tokens=special_tokens)
 
 
-def encode_prefix(tokenizer: Any, prefix: Text | None, at: str) -> list[int]:
+def encode_prefix(tokenizer: Any, prefix: Text | None, name: str) -> list[int]:
     """Token ids of P, the only text that gets special tokens.
 
     The default is the BOS token, if the model has one, and two newlines: a shared start keeps the
@@ -47,8 +47,8 @@ def encode_prefix(tokenizer: Any, prefix: Text | None, at: str) -> list[int]:
     if isinstance(prefix, list):
         return prefix
     if prefix is not None:
-        return encode_text(tokenizer, prefix, f"prefix{at}", special_tokens=True)
-    newlines = encode_text(tokenizer, "\n\n", f"prefix_ids{at}")
+        return encode_text(tokenizer, prefix, name, special_tokens=True)
+    newlines = encode_text(tokenizer, "\n\n", name)
     bos = tokenizer.bos_token_id
     return newlines if bos is None else [bos, *newlines]
 

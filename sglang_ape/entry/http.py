@@ -84,12 +84,10 @@ class ApeMiddleware:
             await _refuse(error, scope, receive, send)
             return
         replay = _Replay(body, receive)
-        if call is None:
-            await self.app(_with_length(scope, body), replay, send)
-            return
+        # Set for plain requests too: a server may handle one in the context of an earlier call.
         token = current_call.set(call)
         try:
-            guard = _Guard(call, scope, receive, send)
+            guard = send if call is None else _Guard(call, scope, receive, send)
             await self.app(_with_length(scope, body), replay, guard)
         finally:
             current_call.reset(token)

@@ -108,8 +108,8 @@ def _row(
         prefix, query = entry.marker.split(query)
         prefix_name = door.text
     else:
-        prefix = expand.encode_prefix(entry.tokenizer, item.prefix, item.at)
-        prefix_name = "prefix_ids" if isinstance(item.prefix, list) else "prefix"
+        prefix = expand.encode_prefix(entry.tokenizer, item.prefix, item.prefix_name)
+        prefix_name = item.prefix_name
         if isinstance(query, str):
             query = expand.encode_text(entry.tokenizer, query, query_name)
     contexts = expand.encode_contexts(entry.tokenizer, item.contexts, item.at)

@@ -30,10 +30,12 @@ DEPLOYMENTS = (
         {"SGLANG_USE_PICKLE_IPC": "false"},
         8192,
     ),
+    # Not chunked: SGLang 0.5.17 loses the log-probability of one token when the prefill of a
+    # retracted request is cut into chunks, also for plain requests on a stock server.
     Deployment(
         "small pool, forced retraction",
         "tiny_llama",
-        ("--chunked-prefill-size", "64"),
+        (),
         {"SGLANG_TEST_RETRACT": "true"},
         1000,
     ),

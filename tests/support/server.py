@@ -36,7 +36,8 @@ class Server:
         self._command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
             *("--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"),
-            *("--dtype", "float32", "--random-seed", "1", "--log-level", "warning", *flags),
+            *("--dtype", "float32", "--random-seed", "1", "--log-level", "warning"),
+            *("--sleep-on-idle", *flags),
         ]
         self._env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         self.client = httpx.Client(base_url=self.url, timeout=300)
