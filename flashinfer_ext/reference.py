@@ -53,7 +53,8 @@ def attention_state(
             scores = scores.view(num_kv_heads, group, n, kv_len).masked_fill_(~visible, -math.inf)
             scores = scores.view(num_kv_heads, group * n, kv_len)
         lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-        out = torch.exp(scores - lse) @ values
+        # A row that sees no key has lse -inf; its weights, exp(-inf - 0), are 0.
+        out = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)) @ values
         outs.append(out.view(num_kv_heads, group, n, head_dim_v).permute(2, 0, 1, 3))
         lses.append(lse.view(num_kv_heads, group, n).permute(2, 0, 1))
     return (

@@ -149,11 +149,7 @@ class ApeRadixCache(RadixCache):
     def _match_row(
         self, req: Any, spec: ApeSpec, ids: array, extra_key: str | None, limit: int
     ) -> MatchResult:
-        """Match P, then the contexts, then the query; ``limit`` caps the matched tokens.
-
-        The row is reordered to put cached contexts first unless prompt log-probabilities of
-        context tokens were asked for, whose order the caller would no longer know.
-        """
+        """Match P, then the contexts, then the query; ``limit`` caps the matched tokens."""
         prefix = RadixKey(ids[: spec.prefix_len], extra_key)
         values, prefix_node = self._match_path(self.root_node, prefix)
         handle = Handle(prefix_node, (), None)
@@ -162,7 +158,7 @@ class ApeRadixCache(RadixCache):
 
         found = self._match_all(prefix_node, spec, ids, extra_key)
         if found is None:
-            found = self._match_some(req, spec, prefix_node, ids, extra_key, limit)
+            found = self._match_some(req, spec, prefix_node, ids, extra_key)
         values = values + found.values
         handle = handle._replace(contexts=found.nodes)
         if found.whole and limit > spec.context_end:
@@ -209,13 +205,11 @@ class ApeRadixCache(RadixCache):
         prefix_node: TreeNode,
         ids: array,
         extra_key: str | None,
-        limit: int,
     ) -> _Found:
         """The longest run of cached contexts at the head of the row, reordered if it may be."""
         hits = self._match_contexts(prefix_node, spec, ids, extra_key)
         order = cached_first([hit.length for hit in hits], spec.context_lens)
-        may_reorder = req.req_pool_idx is None and limit >= spec.context_end
-        if may_reorder and order != list(range(len(order))):
+        if _may_reorder(req, spec) and order != list(range(len(order))):
             spec = reorder_contexts(req, spec, order)
             hits = [hits[i] for i in order]
 
@@ -319,6 +313,14 @@ class ApeRadixCache(RadixCache):
                 (req.req_pool_idx, slice(own, start + known)), canonical.to(torch.int32)
             )
         return node
+
+
+def _may_reorder(req: Any, spec: ApeSpec) -> bool:
+    """Whether contexts may change places: no slots are laid out by their order yet, and no prompt
+    log-probabilities of context tokens, which come back in row order, were asked for.
+    """
+    wants_logprobs = req.return_logprob and 0 <= req.logprob_start_len < spec.context_end
+    return req.req_pool_idx is None and not wants_logprobs
 
 
 def _query_namespace(extra_key: str | None, spec: ApeSpec) -> tuple[str, str | None, str]:

@@ -137,7 +137,7 @@ def _parse_context(value: Any, param: str) -> Text:
             param,
         )
     if len(value) != 1 or not value.keys() <= {"text", "input_ids", "id"}:
-        keys = ", ".join(repr(key) for key in sorted(value)[:5]) or "no key"
+        keys = ", ".join(repr(key) for key in list(value)[:5]) or "no key"
         raise ApeRequestError(
             f"{param} must have exactly one of the keys text, input_ids and id, got {keys}", param
         )
@@ -145,8 +145,9 @@ def _parse_context(value: Any, param: str) -> Text:
         return _parse_text(value["text"], f"{param}.text")
     if "input_ids" in value:
         return _parse_ids(value["input_ids"], f"{param}.input_ids")
-    shown = str(value["id"])[:80]
-    raise ApeRequestError(f"{param}.id: no context is known as {shown!r}", f"{param}.id")
+    raise ApeRequestError(
+        f"{param}.id: no context is known as {_shown(value['id'])}", f"{param}.id"
+    )
 
 
 def _parse_text(value: Any, param: str) -> str:
@@ -182,22 +183,21 @@ def _parse_prefix(fields: Mapping[str, Any], index: int | None) -> tuple[Text | 
     if text is not None and ids is not None:
         raise ApeRequestError("give prefix or prefix_ids, not both", "prefix_ids")
     if text is not None:
-        text, param = _of_item(text, "prefix", index)
+        text, param = _of_item(fields, "prefix", index)
         if not isinstance(text, str):
             raise ApeRequestError(f"{param} must be a string, got {_kind(text)}", param)
         return check_text(text, param), param
     if ids is not None:
         nested = isinstance(ids, list | tuple) and bool(ids) and isinstance(ids[0], list | tuple)
-        ids, param = _of_item(ids, "prefix_ids", index) if nested else (ids, "prefix_ids")
+        ids, param = _of_item(fields, "prefix_ids", index) if nested else (ids, "prefix_ids")
         return _parse_ids(ids, param, allow_empty=True), param
     return None, "prefix_ids"
 
 
 def _parse_options(fields: Mapping[str, Any], index: int | None) -> ApeOptions:
-    value = fields.get("ape")
-    if value is None:
+    if fields.get("ape") is None:
         return ApeOptions()
-    value, param = _of_item(value, "ape", index)
+    value, param = _of_item(fields, "ape", index)
     if not isinstance(value, dict):
         raise ApeRequestError(f"{param} must be an object, got {_kind(value)}", param)
     try:
@@ -205,23 +205,31 @@ def _parse_options(fields: Mapping[str, Any], index: int | None) -> ApeOptions:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join([param, *map(str, first["loc"])])
-        shown = repr(first["input"])[:80]
-        raise ApeRequestError(f"{name}: {first['msg']}, got {shown}", name) from None
+        raise ApeRequestError(
+            f"{name}: {first['msg']}, got {_shown(first['input'])}", name
+        ) from None
     for name in ("soft", "refine"):
         if getattr(options, name):
             raise ApeRequestError(f"{param}.{name} is not supported yet", f"{param}.{name}")
     return options
 
 
-def _of_item(value: Any, name: str, index: int | None) -> tuple[Any, str]:
+def _of_item(fields: Mapping[str, Any], name: str, index: int | None) -> tuple[Any, str]:
     """A field's value for one request of a batch: a list has one value a request."""
+    value = fields[name]
     if index is None or not isinstance(value, list | tuple):
         return value, name
-    if index >= len(value):
-        raise ApeRequestError(
-            f"{name} has {len(value)} values for a batch of {index + 1} or more", name
-        )
+    size = len(fields["contexts"])
+    if len(value) != size:
+        raise ApeRequestError(f"{name} has {len(value)} values for a batch of {size}", name)
     return value[index], f"{name}[{index}]"
+
+
+def _shown(value: Any) -> str:
+    """A scalar as it was given, cut short; of anything else its type."""
+    if isinstance(value, str | float | bool | None):
+        return repr(value)[:80]
+    return f"a {_kind(value)}"
 
 
 def _kind(value: Any) -> str:

@@ -38,12 +38,13 @@ class ContextMarker:
         if not isinstance(messages, list):
             raise ApeRequestError("messages must be a list", "messages")
         for i, message in enumerate(messages):
-            if not isinstance(message, dict):
-                raise ApeRequestError(f"messages[{i}] must be an object", f"messages[{i}]")
-            if message.get("role") == "user":
-                marked = {**message, "content": self._marked(message.get("content"), i)}
-                return [*messages[:i], marked, *messages[i + 1 :]]
-        raise ApeRequestError("contexts need a user message to stand in", "messages")
+            _refuse_media(message, i)
+        roles = [message.get("role") for message in messages]
+        if "user" not in roles:
+            raise ApeRequestError("contexts need a user message to stand in", "messages")
+        i = roles.index("user")
+        marked = {**messages[i], "content": self._marked(messages[i].get("content"), i)}
+        return [*messages[:i], marked, *messages[i + 1 :]]
 
     def split(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Cut the rendered chat at the marker: P and Q.
@@ -59,12 +60,21 @@ class ContextMarker:
         return ids[:at], ids[at + 1 :]
 
     def _marked(self, content: Any, i: int) -> Any:
-        param = f"messages[{i}].content"
         if isinstance(content, str):
             return self.text + content
-        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        # Into the first part, not before it: SGLang may join parts with a blank.
+        first = content[0].get("text") if isinstance(content, list) and content else None
+        if not isinstance(first, str):
+            param = f"messages[{i}].content"
             raise ApeRequestError(f"{param} must be text", param)
-        for part in content:
-            if part.get("type") != "text":
-                raise ApeRequestError(f"{param}: only text can stand beside contexts", param)
-        return [{"type": "text", "text": self.text}, *content]
+        return [{**content[0], "text": self.text + first}, *content[1:]]
+
+
+def _refuse_media(message: Any, i: int) -> None:
+    if not isinstance(message, dict):
+        raise ApeRequestError(f"messages[{i}] must be an object", f"messages[{i}]")
+    content = message.get("content")
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict) or part.get("type") != "text":
+            param = f"messages[{i}].content"
+            raise ApeRequestError(f"{param}: only text can stand beside contexts", param)

@@ -12,6 +12,10 @@ from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.spec import ApeSpec
 
+# From here down the softmax over contexts is one-hot in fp32 and its result no longer changes, but
+# logits divided by an ever smaller T would overflow.
+_MIN_TEMPERATURE = 1e-4
+
 
 class Row(NamedTuple):
     """One request as SGLang gets it."""
@@ -84,6 +88,7 @@ def build_row(
     """
     options = item.options
     temperature = defaults.temperature if options.temperature is None else options.temperature
+    temperature = max(temperature, _MIN_TEMPERATURE)
     scale = defaults.scale if options.scale is None else options.scale
     ids = [*prefix]
     for context in contexts:

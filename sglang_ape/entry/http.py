@@ -110,7 +110,10 @@ class ApeMiddleware:
             item._replace(contexts=encode_contexts(self.entry.tokenizer, item.contexts, item.at))
             for item in call.items
         ]
-        return call, json.dumps(rest).encode()
+        try:
+            return call, json.dumps(rest).encode()
+        except RecursionError:
+            raise ApeRequestError("the body is nested too deeply", None) from None
 
 
 class _Replay:

@@ -92,8 +92,10 @@ def apply_call(entry: Entry, call: ApeCall, obj: Any) -> None:
         query_name = f"{name}[{i}]" if batched else name
         row = _row(entry, call.door, item, query, params.get("max_new_tokens"), query_name)
         if row.spec is not None:
-            custom = {**(params.get("custom_params") or {}), **row.spec.to_custom_params()}
-            sampling[i] = {**params, "custom_params": custom}
+            custom = params.get("custom_params") or {}
+            if not isinstance(custom, dict):
+                raise ApeRequestError("custom_params must be an object", "custom_params")
+            sampling[i] = {**params, "custom_params": {**custom, **row.spec.to_custom_params()}}
         rows.append(row.input_ids)
     obj.text = None
     obj.input_ids = rows if batched else rows[0]

@@ -1,0 +1,349 @@
+"""The server's flags: defaults, and what is refused at start-up."""
+
+import argparse
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_ape import compat
+from sglang_ape.arguments import (
+    FLAGS,
+    apply_defaults,
+    flag_name,
+    refuse_combinations,
+    refuse_model,
+)
+
+# A value that a user could give, for each field that cannot be combined with APE.
+REFUSED = {
+    "page_size": 16,
+    "attention_backend": "flashmla",
+    "prefill_attention_backend": "flashmla",
+    "decode_attention_backend": "flashmla",
+    "kv_cache_dtype": "fp8_e5m2",
+    "radix_cache_backend": "another",
+    "enable_hierarchical_cache": True,
+    "enable_lmcache": True,
+    "enable_flexkv": True,
+    "enable_hisparse": True,
+    "enable_session_radix_cache": True,
+    "enable_streaming_session": True,
+    "speculative_algorithm": "EAGLE",
+    "dllm_algorithm": "LowConfidence",
+    "disaggregation_mode": "prefill",
+    "enable_pdmux": True,
+    "enable_two_batch_overlap": True,
+    "encoder_only": True,
+    "language_only": True,
+    "is_embedding": True,
+    "pp_size": 2,
+    "dp_size": 2,
+    "enable_dp_attention": True,
+    "dcp_size": 2,
+    "attn_cp_size": 2,
+    "enable_prefill_cp": True,
+    "tokenizer_worker_num": 2,
+    "enable_tokenizer_batch_encode": True,
+    "enable_http2": True,
+    "enable_torch_compile": True,
+    "kv_canary": "full",
+    "grpc_port": 50051,
+    "grpc_mode": True,
+    "smg_grpc_mode": True,
+    "use_ray": True,
+}
+ENVIRONMENT = (
+    "SGLANG_RUST_SERVER",
+    "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
+    "SGLANG_ENABLE_UNIFIED_RADIX_TREE",
+)
+
+
+def stock_defaults() -> dict[str, Any]:
+    """What ``ServerArgs`` holds before SGLang resolves it, without making one."""
+    from sglang.srt.server_args import ServerArgs
+
+    values = {}
+    for field in dataclasses.fields(ServerArgs):
+        if field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+    return values
+
+
+def server_args(**given: Any) -> SimpleNamespace:
+    ours = {flag.name: flag.default for flag in FLAGS}
+    return SimpleNamespace(**{**stock_defaults(), **ours, "enable_ape": True, **given})
+
+
+def refusal(check: Any, subject: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        check(subject)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- defaults and ranges
+
+
+def test_the_flags_and_their_defaults_are_those_of_the_contract() -> None:
+    assert {flag.name: flag.default for flag in FLAGS} == {
+        "enable_ape": False,
+        "ape_temperature": 0.9,
+        "ape_scale": 0.9,
+        "ape_max_context_tokens": None,
+    }
+
+
+def test_ape_sets_what_it_needs() -> None:
+    args = server_args()
+    apply_defaults(args)
+    assert (args.page_size, args.radix_cache_backend) == (1, "ape")
+    assert args.attention_backend is not None
+    assert (args.ape_temperature, args.ape_scale) == (0.9, 0.9)
+
+
+def test_applying_twice_changes_nothing_more() -> None:
+    args = server_args()
+    apply_defaults(args)
+    once = dict(vars(args))
+    apply_defaults(args)
+    assert vars(args) == once
+
+
+def test_without_ape_nothing_is_changed() -> None:
+    args = server_args(enable_ape=False, page_size=64, attention_backend="fa3")
+    before = dict(vars(args))
+    apply_defaults(args)
+    assert vars(args) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("ape_temperature", 0.5, "--ape-temperature"),
+        ("ape_scale", 1.0, "--ape-scale"),
+        ("ape_max_context_tokens", 10, "--ape-max-context-tokens"),
+    ],
+)
+def test_our_flags_have_no_effect_without_enable_ape_and_say_so(
+    field: str, value: Any, flag: str
+) -> None:
+    message = refusal(apply_defaults, server_args(enable_ape=False, **{field: value}))
+    assert flag in message
+    assert "--enable-ape" in message
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.5, 10.1, float("nan"), float("inf")])
+def test_a_temperature_outside_the_range_is_refused(value: float) -> None:
+    message = refusal(apply_defaults, server_args(ape_temperature=value))
+    assert "--ape-temperature" in message
+    assert str(value) in message
+
+
+@pytest.mark.parametrize("value", [-0.1, 10.1, float("nan"), float("inf"), float("-inf")])
+def test_a_scale_outside_the_range_is_refused(value: float) -> None:
+    message = refusal(apply_defaults, server_args(ape_scale=value))
+    assert "--ape-scale" in message
+    assert str(value) in message
+
+
+@pytest.mark.parametrize("value", [0, -5])
+def test_a_token_limit_that_is_not_positive_is_refused(value: int) -> None:
+    message = refusal(apply_defaults, server_args(ape_max_context_tokens=value))
+    assert "--ape-max-context-tokens" in message
+    assert str(value) in message
+
+
+@pytest.mark.parametrize(("temperature", "scale"), [(10, 10), (0.01, 0), (1, 1.0)])
+def test_the_ends_of_the_ranges_are_taken(temperature: float, scale: float) -> None:
+    apply_defaults(server_args(ape_temperature=temperature, ape_scale=scale))
+
+
+# ---------------------------------------------------------------- combinations
+
+
+def test_stock_defaults_can_be_combined_with_ape() -> None:
+    refuse_combinations(server_args())
+
+
+def test_every_restricted_field_has_a_case_here() -> None:
+    from sglang_ape.arguments import _RESTRICTED
+
+    assert {restricted.field for restricted in _RESTRICTED} == set(REFUSED)
+
+
+@pytest.mark.parametrize("field", REFUSED)
+@pytest.mark.parametrize("check", [refuse_combinations, apply_defaults])
+def test_a_combination_that_cannot_work_is_refused_by_its_flag(check: Any, field: str) -> None:
+    value = REFUSED[field]
+    message = refusal(check, server_args(**{field: value}))
+    words = message.replace(":", " ").split()
+    assert "--enable-ape" in words
+    assert flag_name(field) in words
+    assert value is True or str(value) in words
+    assert "True" not in message
+
+
+def test_every_flag_named_in_a_refusal_exists() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert [flag_name(field) for field in REFUSED if flag_name(field) not in known] == []
+
+
+@pytest.mark.parametrize("field", ["kv_cache_dtype"])
+@pytest.mark.parametrize("value", ["auto", "bf16", "bfloat16"])
+def test_unquantised_kv_is_taken(field: str, value: str) -> None:
+    refuse_combinations(server_args(**{field: value}))
+
+
+def test_what_ape_sets_itself_is_taken() -> None:
+    refuse_combinations(server_args(page_size=1, radix_cache_backend="ape"))
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+@pytest.mark.parametrize("value", ["1", "true", "True", "YES"])
+def test_environment_switches_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    message = refusal(refuse_combinations, server_args())
+    assert name in message
+    assert "--enable-ape" in message
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+@pytest.mark.parametrize("value", ["", "0", "false"])
+def test_environment_switches_that_are_off_are_taken(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    refuse_combinations(server_args())
+
+
+# ---------------------------------------------------------------- models
+
+
+def model_config(text: dict[str, Any] | None = None, **given: Any) -> SimpleNamespace:
+    """A plain Llama, with ``given`` on top."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    plain = {
+        "hf_text_config": SimpleNamespace(rope_scaling=None, **(text or {})),
+        "hf_config": SimpleNamespace(architectures=["SomeForCausalLM"]),
+        "attention_arch": AttentionArch.MHA,
+        "is_hybrid_swa": False,
+        "sliding_window_size": None,
+        "has_attention_sinks": False,
+        "model_is_mrope": False,
+        "is_encoder_decoder": False,
+        "is_multimodal": False,
+        "is_generation": True,
+    }
+    return SimpleNamespace(**{**plain, **given})
+
+
+def test_a_plain_model_is_served() -> None:
+    refuse_model(model_config())
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"is_hybrid_swa": True}, "sliding-window"),
+        ({"sliding_window_size": 4096}, "sliding-window"),
+        ({"has_attention_sinks": True}, "sinks"),
+        ({"model_is_mrope": True}, "M-RoPE"),
+        ({"is_encoder_decoder": True}, "encoder"),
+        ({"is_multimodal": True}, "multimodal"),
+        ({"is_generation": False}, "generation"),
+    ],
+)
+def test_a_model_beyond_plain_attention_is_refused_with_the_reason(
+    given: dict[str, Any], word: str
+) -> None:
+    message = refusal(refuse_model, model_config(**given))
+    assert "--enable-ape" in message
+    assert "SomeForCausalLM" in message
+    assert word in message
+
+
+def test_latent_attention_is_refused() -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    assert "latent" in refusal(refuse_model, model_config(attention_arch=AttentionArch.MLA))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("attn_logit_softcapping", 50.0, "soft-capped"),
+        ("attention_chunk_size", 8192, "chunked"),
+    ],
+)
+def test_attention_variants_of_the_text_config_are_refused(
+    field: str, value: float, word: str
+) -> None:
+    assert word in refusal(refuse_model, model_config({field: value}))
+    refuse_model(model_config({field: None}))
+
+
+def rope_config(scaling: dict[str, Any], name: str, key: str) -> SimpleNamespace:
+    renamed = {key if k == "rope_type" else k: v for k, v in scaling.items()}
+    text = SimpleNamespace(**{name: renamed})
+    return model_config(hf_text_config=text)
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope"])
+def test_rotary_scaling_by_length_is_refused(name: str, key: str, kind: str) -> None:
+    message = refusal(refuse_model, rope_config({"rope_type": kind}, name, key))
+    assert kind in message
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_rotary_scaling_by_position_is_taken(name: str, key: str, kind: str) -> None:
+    refuse_model(rope_config({"rope_type": kind, "factor": 2.0}, name, key))
+
+
+def test_several_reasons_are_given_at_once() -> None:
+    message = refusal(refuse_model, model_config(is_multimodal=True, has_attention_sinks=True))
+    assert "sinks" in message
+    assert "multimodal input" in message
+
+
+def test_a_model_without_a_name_is_refused_all_the_same() -> None:
+    nameless = SimpleNamespace(architectures=None)
+    assert "this model" in refusal(
+        refuse_model, model_config(hf_config=nameless, is_generation=False)
+    )
+
+
+# ---------------------------------------------------------------- version gate
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.170", "0.5.17rc1", "0.6.0", "1.0"])
+def test_another_version_of_sglang_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(compat, "version", lambda name: version)
+    with pytest.raises(RuntimeError) as caught:
+        compat.load()
+    assert version in str(caught.value)
+    assert "0.5.17" in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.17.post1", "0.5.17+cu128", "0.5.17.post2+cpu"])
+def test_builds_of_the_supported_version_are_taken(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(compat, "version", lambda name: version)
+    assert compat.load().__name__ == "sglang_ape.compat.v0_5_17"
