@@ -23,7 +23,7 @@ QUESTION = "Question: who keeps the ledger? Answer:"
 SYSTEM = "You are a helpful assistant."
 GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 WINDOW = 2048
-POOL = 6000
+POOL = 5900
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
     "more contexts than the limit": ({"contexts": _long(41)}, "contexts"),
     "a context over the window": ({"contexts": [{"input_ids": [7] * WINDOW}]}, "contexts[0]"),
     "a query over the window": (
-        {"text": None, "input_ids": [7] * (WINDOW - 20)},
+        {"text": None, "input_ids": [7] * (WINDOW - 4)},
         "input_ids",
     ),
     "more new tokens than the window": (
@@ -299,15 +299,14 @@ def test_limits_are_refused_with_the_numbers(server: Server) -> None:
 
 
 def test_a_request_larger_than_the_pool_is_refused(server: Server) -> None:
-    contexts = _long(39)
-    body = {"contexts": contexts, "input_ids": [9] * 1900, "prefix_ids": [8] * 30}
-    assert POOL > 3900 + 1900 + 30
-    assert server.post("/generate", body).status_code == 200
-    body["prefix_ids"] = [8] * 48
-    body["input_ids"] = [9] * 1899
-    response = server.post("/generate", {**body, "contexts": [*contexts, {"input_ids": [6] * 100}]})
+    body = {"input_ids": [9] * 1900, "prefix_ids": [8] * 30}
+    fitting, too_large = _long(39), _long(40)
+    assert 3900 + 1900 + 30 < POOL < 4000 + 1900 + 30
+    assert server.post("/generate", {**body, "contexts": fitting}).status_code == 200
+    response = server.post("/generate", {**body, "contexts": too_large})
     assert response.status_code == 400
-    assert "window" in response.text or "pool" in response.text
+    message = response.json()["error"]["message"]
+    assert "5930" in message and "pool" in message
 
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
