@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sglang
@@ -46,31 +46,90 @@ def _plain_answers(engine: sglang.Engine) -> list[tuple[list[int], list[float]]]
     ]
 
 
+class Choice(NamedTuple):
+    """A request that takes three of four documents, in an order of its own."""
+
+    contexts: list[list[int]]
+    query: list[int]
+
+
+CHOICE_PREFIX = list(range(20, 32))
+
+
+def _choices() -> list[Choice]:
+    rng = random.Random(4)
+    documents = [[rng.randrange(4, 512) for _ in range(n)] for n in (60, 45, 80, 52)]
+    return [
+        Choice(rng.sample(documents, 3), [rng.randrange(4, 512) for _ in range(9)])
+        for _ in range(16)
+    ]
+
+
+def _cached_share(engine: sglang.Engine, apes: bool) -> float:
+    """Share of context tokens from the cache, once every document has been seen."""
+    cached = total = 0
+    seen: set[tuple[int, ...]] = set()
+    for contexts, query in _choices():
+        size = sum(map(len, contexts))
+        if apes:
+            parts: dict[str, Any] = {
+                "input_ids": query,
+                "prefix_ids": CHOICE_PREFIX,
+                "contexts": [{"input_ids": ids} for ids in contexts],
+            }
+        else:
+            parts = {"input_ids": [*CHOICE_PREFIX, *(i for ids in contexts for i in ids), *query]}
+        meta = engine.generate(**parts, sampling_params=SAMPLING)["meta_info"]
+        if seen.issuperset(map(tuple, contexts)):
+            cached += min(max(meta["cached_tokens"] - len(CHOICE_PREFIX), 0), size)
+            total += size
+        seen.update(map(tuple, contexts))
+    return cached / total
+
+
+class Stock(NamedTuple):
+    """What an engine without APE does."""
+
+    answers: list[tuple[list[int], list[float]]]
+    cached_share: float
+
+
 @pytest.fixture(scope="module")
-def stock_answers(tiny_llama: Path) -> list[tuple[list[int], list[float]]]:
-    """What an engine without APE says; it also shows that it refuses contexts."""
+def stock(tiny_llama: Path) -> Stock:
+    """Ask an engine without APE, which must refuse contexts."""
     engine = _engine(tiny_llama)
     try:
         with pytest.raises(ValueError, match="enable_ape=True"):
             engine.generate(prompt="q", contexts=["a", "b"])
-        return _plain_answers(engine)
+        return Stock(_plain_answers(engine), _cached_share(engine, apes=False))
     finally:
         engine.shutdown()
 
 
 @pytest.fixture(scope="module")
-def engine(
-    tiny_llama: Path, stock_answers: list[tuple[list[int], list[float]]]
-) -> Iterator[sglang.Engine]:
+def engine(tiny_llama: Path, stock: Stock) -> Iterator[sglang.Engine]:
     engine = _engine(tiny_llama, enable_ape=True, ape_temperature=0.7, ape_scale=0.8)
     yield engine
     engine.shutdown()
 
 
 def test_plain_requests_get_exactly_what_stock_sglang_answers(
-    engine: sglang.Engine, stock_answers: list[tuple[list[int], list[float]]]
+    engine: sglang.Engine, stock: Stock
 ) -> None:
-    assert _plain_answers(engine) == stock_answers
+    assert _plain_answers(engine) == stock.answers
+
+
+def test_any_choice_of_seen_documents_in_any_order_is_cached(
+    engine: sglang.Engine, stock: Stock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share = _cached_share(engine, apes=True)
+    with capsys.disabled():
+        print(
+            f"\ncontext tokens from the cache, 3 of 4 documents in random order: "
+            f"APE {share:.1%}, stock SGLang {stock.cached_share:.1%}"
+        )
+    assert share == 1.0
+    assert stock.cached_share < 1.0
 
 
 def test_generate_takes_contexts_by_ids(engine: sglang.Engine, tiny_llama: Path) -> None:
