@@ -231,6 +231,7 @@ class ApeRadixCache(RadixCache):
         hits = []
         for start, length in zip(spec.context_starts, spec.context_lens, strict=True):
             context = ids[start : start + length]
+            # RadixKey.child_key at page size 1, without making a key
             child_key = context[0] if extra_key is None else (extra_key, context[0])
             child = prefix_node.children.get(child_key)
             if child is not None and child.key.token_ids == context:  # the usual hit, one compare
