@@ -181,8 +181,7 @@ class ApeRadixCache(RadixCache):
         for start, stop in zip(spec.context_starts, spec.context_stops, strict=True):
             node = prefix_node
             while start < stop:
-                first = ids[start]
-                node = node.children.get(first if extra_key is None else (extra_key, first))
+                node = node.children.get(_child_key(extra_key, ids[start]))
                 if node is None:
                     return None
                 path.append(node)
@@ -231,9 +230,7 @@ class ApeRadixCache(RadixCache):
         hits = []
         for start, length in zip(spec.context_starts, spec.context_lens, strict=True):
             context = ids[start : start + length]
-            # RadixKey.child_key at page size 1, without making a key
-            child_key = context[0] if extra_key is None else (extra_key, context[0])
-            child = prefix_node.children.get(child_key)
+            child = prefix_node.children.get(_child_key(extra_key, context[0]))
             if child is not None and child.key.token_ids == context:  # the usual hit, one compare
                 child.last_access_time = now
                 hits.append(_Hit(length, [child.value], child))
@@ -314,6 +311,11 @@ class ApeRadixCache(RadixCache):
                 (req.req_pool_idx, slice(own, start + known)), canonical.to(torch.int32)
             )
         return node
+
+
+def _child_key(extra_key: str | None, token: int) -> Any:
+    """``RadixKey.child_key`` at page size 1, without making a key."""
+    return token if extra_key is None else (extra_key, token)
 
 
 def _may_reorder(req: Any, spec: ApeSpec) -> bool:

@@ -226,9 +226,14 @@ def _of_item(fields: Mapping[str, Any], name: str, index: int | None) -> tuple[A
 
 
 def _shown(value: Any) -> str:
-    """A scalar as it was given, cut short; of anything else its type."""
-    if isinstance(value, str | float | bool | None):
+    """A scalar as it was given, cut short; of anything else its type.
+
+    Python refuses to print integers of thousands of digits.
+    """
+    if isinstance(value, str | float | None):
         return repr(value)[:80]
+    if isinstance(value, int) and value.bit_length() <= 64:
+        return repr(value)
     return f"a {_kind(value)}"
 
 
