@@ -10,6 +10,9 @@ import math
 
 import torch
 
+EMPTY_LSE = -4.5e4
+"""A state with a log-sum-exp at or below this is empty: torch gives -inf, FlashInfer -5e4."""
+
 _ROWS_AT_ONCE = 512  # bounds the score matrix to heads * 512 * kv_len floats
 
 
@@ -78,7 +81,8 @@ def merge_state_scaled(
 
     Args:
         v_a: (seq_len, num_heads, head_dim).
-        s_a: (seq_len, num_heads), base-2 log-sum-exp, fp32; -inf marks an empty state.
+        s_a: (seq_len, num_heads), base-2 log-sum-exp, fp32; at most ``EMPTY_LSE`` for an empty
+            state.
         v_b: as ``v_a``.
         s_b: as ``s_a``.
         exponent_b: scalar, or (seq_len,) or broadcastable to (seq_len, num_heads), fp32.
@@ -89,8 +93,8 @@ def merge_state_scaled(
     """
     if isinstance(exponent_b, torch.Tensor) and exponent_b.dim() == 1:
         exponent_b = exponent_b.unsqueeze(1)
-    empty_b = torch.isneginf(s_b)
-    scaled_b = torch.where(empty_b, s_b, s_b * exponent_b)  # -inf * 0 would be nan
+    empty_b = s_b <= EMPTY_LSE
+    scaled_b = torch.where(empty_b, -math.inf, s_b * exponent_b)  # an exponent of 0 would fill it
     highest = torch.maximum(s_a, scaled_b)
     highest = torch.where(torch.isneginf(highest), torch.zeros_like(highest), highest)
     w_a, w_b = torch.exp2(s_a - highest), torch.exp2(scaled_b - highest)
@@ -98,4 +102,5 @@ def merge_state_scaled(
     safe = torch.where(total == 0, torch.ones_like(total), total)
     merged = v_a.float() * (w_a / safe).unsqueeze(-1) + v_b.float() * (w_b / safe).unsqueeze(-1)
     merged = torch.where(empty_b.unsqueeze(-1), v_a.float(), merged)
-    return merged.to(v_a.dtype), torch.log2(total) + highest
+    merged_lse = torch.where(empty_b, s_a, torch.log2(total) + highest)
+    return merged.to(v_a.dtype), merged_lse

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional
 MAX_TEMPERATURE = 10.0
 MAX_SCALE = 10.0
 TREE_BACKEND = "ape"
-ATTENTION_BACKENDS = ("torch_native",)
+ATTENTION_BACKENDS = ("flashinfer", "torch_native")
 
 
 class Flag(NamedTuple):
@@ -57,13 +57,11 @@ class _Allowed(NamedTuple):
     reason: str  # why every other value is refused
 
 
-_BACKEND = f"APE runs on {', '.join(ATTENTION_BACKENDS)} attention"
+_BACKEND = f"APE runs on {' or '.join(ATTENTION_BACKENDS)} attention"
+_ONE_BACKEND = "prefill and decoding share one plan; use --attention-backend"
 _RESTRICTED = (
     _Allowed("page_size", (None, 1), "contexts end anywhere in a page"),
     _Allowed("attention_backend", (None, *ATTENTION_BACKENDS), _BACKEND),
-    _Allowed("prefill_attention_backend", (None, *ATTENTION_BACKENDS), _BACKEND),
-    _Allowed("decode_attention_backend", (None, *ATTENTION_BACKENDS), _BACKEND),
-    _Allowed("kv_cache_dtype", ("auto", "bf16", "bfloat16"), "quantized KV is not supported"),
     _Allowed("radix_cache_backend", (None, TREE_BACKEND), "APE brings its own radix tree"),
     _Allowed("enable_hierarchical_cache", (False,), "HiCache stores single paths only"),
     _Allowed("enable_lmcache", (False,), "LMCache stores single paths only"),
@@ -95,6 +93,20 @@ _RESTRICTED = (
     _Allowed("enable_torch_compile", (False,), "the two-pass attention is not compiled"),
     _Allowed("kv_canary", ("none",), "it takes reused positions for corruption"),
 )
+_PLAIN_KV = ("auto", "bf16", "bfloat16")
+_RESTRICTED_BY_BACKEND = {
+    "flashinfer": (
+        _Allowed("kv_cache_dtype", (*_PLAIN_KV, "fp8_e4m3", "fp8_e5m2"), "no 4-bit attention"),
+        _Allowed("enable_deterministic_inference", (False,), "splits of the KV are not fixed"),
+        _Allowed(
+            "cuda_graph_backend_prefill",
+            (None, "breakable", "disabled"),
+            "the two-pass attention is planned anew for each batch",
+        ),
+    ),
+    "torch_native": (_Allowed("kv_cache_dtype", _PLAIN_KV, "quantized KV needs flashinfer"),),
+}
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 _REFUSED_ENVIRONMENT = {
     "SGLANG_RUST_SERVER": "it serves requests outside the Python process",
     "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE": "APE brings its own radix tree",
@@ -124,13 +136,18 @@ def apply_defaults(args: Any) -> None:
     refuse_combinations(args)
     args.page_size = 1
     args.radix_cache_backend = TREE_BACKEND
-    if args.attention_backend is None:
-        args.attention_backend = ATTENTION_BACKENDS[0]
+    args.attention_backend = _attention_backend(args)
 
 
 def refuse_combinations(args: Any) -> None:
     """Raise ValueError, naming the flag, for what cannot be combined with ``--enable-ape``."""
-    for field, allowed, reason in _RESTRICTED:
+    backend = _attention_backend(args)
+    one_backend = tuple(
+        _Allowed(f"{phase}_attention_backend", (None, backend), _ONE_BACKEND)
+        for phase in ("prefill", "decode")
+    )
+    restricted = (*_RESTRICTED, *one_backend, *_RESTRICTED_BY_BACKEND.get(backend, ()))
+    for field, allowed, reason in restricted:
         value = getattr(args, field)
         if value not in allowed:
             shown = flag_name(field) if value is True else f"{flag_name(field)} {value}"
@@ -140,11 +157,12 @@ def refuse_combinations(args: Any) -> None:
             raise ValueError(f"--enable-ape cannot be combined with {name}=1: {reason}")
 
 
-def refuse_model(config: Any) -> None:
+def refuse_model(config: Any, attention_backend: str) -> None:
     """Raise ValueError for a model whose attention APE does not cover.
 
     Args:
         config: ``configs/model_config.py: ModelConfig`` of SGLang.
+        attention_backend: one of ``ATTENTION_BACKENDS``.
     """
     from sglang.srt.configs.model_config import AttentionArch
 
@@ -162,11 +180,24 @@ def refuse_model(config: Any) -> None:
         "an encoder and a decoder": config.is_encoder_decoder,
         "multimodal input": config.is_multimodal,
         "no generation head": not config.is_generation,
+        f"heads of {config.head_dim}, which FlashInfer does not serve (torch_native does)": (
+            attention_backend == "flashinfer" and config.head_dim not in _FLASHINFER_HEAD_DIMS
+        ),
     }
     found = [what for what, present in problems.items() if present]
     if found:
         name = ", ".join(config.hf_config.architectures or ["this model"])
         raise ValueError(f"--enable-ape cannot serve {name}: it has {' and '.join(found)}")
+
+
+def _attention_backend(args: Any) -> str:
+    """The backend asked for, else FlashInfer on a CUDA GPU and torch_native elsewhere."""
+    if args.attention_backend is not None:
+        return args.attention_backend
+    import torch
+
+    on_cuda = (args.device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    return "flashinfer" if on_cuda else "torch_native"
 
 
 def _refuse_orphans(args: Any) -> None:

@@ -79,6 +79,17 @@ def http_hook() -> Hook:
     return Hook(f"{HTTP_MODULE}._setup_and_run_http_server", "BEFORE", before_run_http_server)
 
 
+def graph_hooks() -> tuple[Hook, ...]:
+    """The hooks of decode CUDA graphs, whose module only a scheduler with a GPU imports."""
+    from sglang_ape.attention import flashinfer
+
+    runner = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+    return (
+        Hook(f"{runner}._resolve_lora_variant", "AROUND", flashinfer.around_resolve_lora_variant),
+        Hook(f"{runner}.capture_one_shape", "AROUND", flashinfer.around_capture_one_shape),
+    )
+
+
 def register() -> None:
     """Entry point: add the flags, the hooks, the radix tree and the attention backends."""
     compat.load().extend_server_args(arguments.FLAGS)
@@ -88,8 +99,11 @@ def register() -> None:
     _register_attention()
 
 
-def verify() -> None:
+def verify(*further: Hook) -> None:
     """Refuse to run half-patched.
+
+    Args:
+        further: hooks that this process needs beside those of every process.
 
     Raises:
         RuntimeError: a hook or registration is missing in this process.
@@ -98,7 +112,7 @@ def verify() -> None:
     from sglang.srt.mem_cache.registry import get_radix_cache_factory
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    wanted = hooks()
+    wanted = (*hooks(), *further)
     if HTTP_MODULE in sys.modules:
         wanted += (http_hook(),)
     missing = [hook.target for hook in wanted if hook.target not in HookRegistry._patched]
@@ -125,14 +139,11 @@ def after_check_server_args(_result: None, args: Any) -> None:
     if not args.enable_ape:
         return
     if HTTP_MODULE in sys.modules:
-        from sglang.srt.plugins.hook_registry import HookRegistry
-
-        _register_hook(http_hook())
-        HookRegistry.apply_hooks()
+        _apply_late(http_hook())
     verify()
     arguments.refuse_combinations(args)
     config = args.get_model_config()
-    arguments.refuse_model(config)
+    arguments.refuse_model(config, args.attention_backend)
     if args.ape_max_context_tokens is None:
         args.override("ape", ape_max_context_tokens=config.context_len)
 
@@ -142,6 +153,15 @@ def _register_hook(hook: Hook) -> None:
 
     if hook.target not in HookRegistry._patched:
         HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
+
+
+def _apply_late(*late: Hook) -> None:
+    """Hook modules that only some processes import."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    for hook in late:
+        _register_hook(hook)
+    HookRegistry.apply_hooks()
 
 
 def _register_tree() -> None:
@@ -159,14 +179,28 @@ def _register_tree() -> None:
 def _register_attention() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    stock = ATTENTION_BACKENDS["torch_native"]
+    builders = {"flashinfer": _build_flashinfer, "torch_native": _build_torch_native}
+    for name in arguments.ATTENTION_BACKENDS:
+        ATTENTION_BACKENDS[name] = _ape_or_stock(builders[name], ATTENTION_BACKENDS[name])
 
-    def torch_native(runner: Any) -> Any:
-        if not runner.server_args.enable_ape:
-            return stock(runner)
-        from sglang_ape.attention.torch_native import ApeTorchNativeBackend
 
-        return ApeTorchNativeBackend(runner)
+def _ape_or_stock(build: Callable[[Any], Any], stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def factory(runner: Any) -> Any:
+        return build(runner) if runner.server_args.enable_ape else stock(runner)
 
-    torch_native.serves_ape = True  # type: ignore[attr-defined]  # read by verify()
-    ATTENTION_BACKENDS["torch_native"] = torch_native
+    factory.serves_ape = True  # type: ignore[attr-defined]  # read by verify()
+    return factory
+
+
+def _build_torch_native(runner: Any) -> Any:
+    from sglang_ape.attention.torch_native import ApeTorchNativeBackend
+
+    return ApeTorchNativeBackend(runner)
+
+
+def _build_flashinfer(runner: Any) -> Any:
+    from sglang_ape.attention.flashinfer import ApeFlashInferBackend
+
+    _apply_late(*graph_hooks())
+    verify(*graph_hooks())
+    return ApeFlashInferBackend(runner, init_new_workspace=runner.init_new_workspace)

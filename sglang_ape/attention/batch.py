@@ -43,6 +43,23 @@ def specs_of_batch(rids: Sequence[str] | None) -> list[ApeSpec | None] | None:
     return _specs
 
 
+def specs_of_current_batch(size: int) -> list[ApeSpec | None] | None:
+    """As :func:`specs_of_batch` where request ids do not arrive: replay of a decode graph.
+
+    Raises:
+        RuntimeError: the batch announced last has another size.
+    """
+    if not any(_specs):
+        return None
+    if len(_specs) != size:
+        raise RuntimeError(
+            f"attention was planned for {size} requests but positions were computed for "
+            f"{len(_specs)}; the hook on ForwardBatch.init_new and the attention backend are out "
+            "of step"
+        )
+    return _specs
+
+
 def positions_of(
     specs: Sequence[ApeSpec | None], starts: Sequence[int], stops: Sequence[int]
 ) -> np.ndarray:
@@ -66,9 +83,16 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
         return
     if forward_batch.forward_mode.is_decode():
         hidden = torch.tensor([spec.hidden_tokens if spec else 0 for spec in specs])
-        forward_batch.positions = positions - hidden.to(positions, non_blocking=True)
+        forward_batch.positions = positions - _beside(positions, hidden)
         return
     starts = forward_batch.extend_prefix_lens_cpu
     stops = [a + n for a, n in zip(starts, forward_batch.extend_seq_lens_cpu, strict=True)]
     computed = torch.from_numpy(positions_of(specs, starts, stops))
-    forward_batch.positions = computed.to(positions, non_blocking=True)
+    forward_batch.positions = _beside(positions, computed)
+
+
+def _beside(positions: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+    """``host`` on the device of ``positions``, without waiting for what runs there."""
+    if positions.is_cuda:
+        host = host.pin_memory()
+    return host.to(positions, non_blocking=True)

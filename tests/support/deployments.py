@@ -15,6 +15,7 @@ class Deployment(NamedTuple):
     # SGLang 0.5.17 drops the log-probability of a token now and then when it retracts a request, on
     # a stock server too.
     loses_logprobs: bool = False
+    tolerance: float = 1e-4  # of a log-probability
 
     @property
     def all_flags(self) -> tuple[str, ...]:

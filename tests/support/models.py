@@ -7,7 +7,7 @@ moves the logits by whole units rather than by rounding.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,11 +21,7 @@ from tokenizers.trainers import BpeTrainer
 
 VOCAB_SIZE = 512
 HIDDEN_SIZE = 64
-INTERMEDIATE_SIZE = 128
 NUM_LAYERS = 2
-NUM_HEADS = 4
-NUM_KV_HEADS = 2
-HEAD_DIM = 16
 
 BOS, EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 BOS_ID, EOS_ID, IM_START_ID, IM_END_ID = range(4)
@@ -45,7 +41,7 @@ _SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_WEIGHT_STD = 0.2
+_WEIGHT_STD = 0.2  # at HIDDEN_SIZE
 _NORM_STD = 0.1
 _BIAS_STD = 0.5
 _SPECIAL_ROW_FACTOR = 0.05
@@ -78,12 +74,21 @@ Parallel lines never meet, however far they are drawn; other lines meet exactly 
 """
 
 
-def tiny_llama(directory: Path) -> Path:
+class Shape(NamedTuple):
+    """Attention heads of a checkpoint, and the type that its weights are stored in."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    dtype: torch.dtype = torch.float32
+
+
+def tiny_llama(directory: Path, shape: Shape = Shape()) -> Path:  # noqa: B008  immutable
     """Write a two-layer Llama checkpoint to `directory`, unless it is there already.
 
-    Grouped-query attention, untied embeddings, no biases; its tokenizer puts BOS first.
+    Untied embeddings, no biases; its tokenizer puts BOS first.
     """
-    config = _base_config() | {
+    config = _base_config(shape) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
@@ -94,13 +99,12 @@ def tiny_llama(directory: Path) -> Path:
     return _write_checkpoint(Path(directory), config, seed=1)
 
 
-def tiny_qwen2(directory: Path) -> Path:
+def tiny_qwen2(directory: Path, shape: Shape = Shape()) -> Path:  # noqa: B008  immutable
     """Write a two-layer Qwen2 checkpoint to `directory`, unless it is there already.
 
-    Grouped-query attention, tied embeddings, random query/key/value biases; its tokenizer knows
-    no BOS.
+    Tied embeddings, random query/key/value biases; its tokenizer knows no BOS.
     """
-    config = _base_config() | {
+    config = _base_config(shape) | {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "use_sliding_window": False,
@@ -110,21 +114,21 @@ def tiny_qwen2(directory: Path) -> Path:
     return _write_checkpoint(Path(directory), config, seed=2)
 
 
-def _base_config() -> dict[str, Any]:
+def _base_config(shape: Shape) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": HIDDEN_SIZE,
-        "intermediate_size": INTERMEDIATE_SIZE,
+        "hidden_size": shape.num_heads * shape.head_dim,
+        "intermediate_size": 2 * shape.num_heads * shape.head_dim,
         "num_hidden_layers": NUM_LAYERS,
-        "num_attention_heads": NUM_HEADS,
-        "num_key_value_heads": NUM_KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": 2048,
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
         "eos_token_id": EOS_ID,
-        "torch_dtype": "float32",
+        "torch_dtype": str(shape.dtype).removeprefix("torch."),
     }
 
 
@@ -135,7 +139,8 @@ def _write_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> Pat
 
     directory.mkdir(parents=True, exist_ok=True)
     qwen2 = config["model_type"] == "qwen2"
-    weights = _random_weights(config["tie_word_embeddings"], qkv_bias=qwen2, seed=seed)
+    dtype = getattr(torch, config["torch_dtype"])
+    weights = {name: w.to(dtype) for name, w in _random_weights(config, qwen2, seed).items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     tokenizer_class = "Qwen2Tokenizer" if qwen2 else "PreTrainedTokenizerFast"
     _write_tokenizer(directory, tokenizer_class, with_bos=config["bos_token_id"] is not None)
@@ -145,32 +150,36 @@ def _write_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> Pat
     return directory
 
 
-def _random_weights(tied: bool, qkv_bias: bool, seed: int) -> dict[str, torch.Tensor]:
+def _random_weights(config: dict[str, Any], qkv_bias: bool, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    hidden, tied = config["hidden_size"], config["tie_word_embeddings"]
+    intermediate, head_dim = config["intermediate_size"], config["head_dim"]
+    weight_std = _WEIGHT_STD * (HIDDEN_SIZE / hidden) ** 0.5
 
-    def normal(*shape: int, std: float = _WEIGHT_STD, mean: float = 0.0) -> torch.Tensor:
+    def normal(*shape: int, std: float = weight_std, mean: float = 0.0) -> torch.Tensor:
         return mean + std * torch.randn(*shape, generator=generator)
 
     def norm() -> torch.Tensor:
-        return normal(HIDDEN_SIZE, std=_NORM_STD, mean=1.0)
+        return normal(hidden, std=_NORM_STD, mean=1.0)
 
-    q_size, kv_size = NUM_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM
-    weights = {"model.embed_tokens.weight": normal(VOCAB_SIZE, HIDDEN_SIZE)}
+    q_size = config["num_attention_heads"] * head_dim
+    kv_size = config["num_key_value_heads"] * head_dim
+    weights = {"model.embed_tokens.weight": normal(VOCAB_SIZE, hidden)}
     for layer in range(NUM_LAYERS):
         prefix = f"model.layers.{layer}"
         weights[f"{prefix}.input_layernorm.weight"] = norm()
         for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-            weights[f"{prefix}.self_attn.{name}_proj.weight"] = normal(size, HIDDEN_SIZE)
+            weights[f"{prefix}.self_attn.{name}_proj.weight"] = normal(size, hidden)
             if qkv_bias:
                 weights[f"{prefix}.self_attn.{name}_proj.bias"] = normal(size, std=_BIAS_STD)
-        weights[f"{prefix}.self_attn.o_proj.weight"] = normal(HIDDEN_SIZE, q_size)
+        weights[f"{prefix}.self_attn.o_proj.weight"] = normal(hidden, q_size)
         weights[f"{prefix}.post_attention_layernorm.weight"] = norm()
-        weights[f"{prefix}.mlp.gate_proj.weight"] = normal(INTERMEDIATE_SIZE, HIDDEN_SIZE)
-        weights[f"{prefix}.mlp.up_proj.weight"] = normal(INTERMEDIATE_SIZE, HIDDEN_SIZE)
-        weights[f"{prefix}.mlp.down_proj.weight"] = normal(HIDDEN_SIZE, INTERMEDIATE_SIZE)
+        weights[f"{prefix}.mlp.gate_proj.weight"] = normal(intermediate, hidden)
+        weights[f"{prefix}.mlp.up_proj.weight"] = normal(intermediate, hidden)
+        weights[f"{prefix}.mlp.down_proj.weight"] = normal(hidden, intermediate)
     weights["model.norm.weight"] = norm()
     if not tied:
-        weights["lm_head.weight"] = normal(VOCAB_SIZE, HIDDEN_SIZE)
+        weights["lm_head.weight"] = normal(VOCAB_SIZE, hidden)
 
     # Short rows keep the special tokens' logits near zero, far below the largest of the others:
     # greedy decoding never ends a sequence on its own. They still differ from one another as

@@ -22,7 +22,7 @@ class Server:
 
     Args:
         model: path of the checkpoint.
-        flags: further flags.
+        flags: further flags; without ``--device`` and ``--dtype`` it runs on the CPU in fp32.
         env: environment variables to add.
         log: file that gets the server's output.
     """
@@ -35,9 +35,10 @@ class Server:
         self.log = log
         self._command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"),
-            *("--dtype", "float32", "--random-seed", "1", "--log-level", "warning"),
-            *("--sleep-on-idle", *flags),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--random-seed", "1"),
+            *("--log-level", "warning", "--sleep-on-idle"),
+            *(() if "--device" in flags else ("--device", "cpu", "--dtype", "float32")),
+            *flags,
         ]
         self._env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         self.client = httpx.Client(base_url=self.url, timeout=300)

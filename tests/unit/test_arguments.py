@@ -16,13 +16,12 @@ from sglang_ape.arguments import (
     refuse_model,
 )
 
+TORCH = "torch_native"
+
 # A value that a user could give, for each field that cannot be combined with APE.
 REFUSED = {
     "page_size": 16,
     "attention_backend": "flashmla",
-    "prefill_attention_backend": "flashmla",
-    "decode_attention_backend": "flashmla",
-    "kv_cache_dtype": "fp8_e5m2",
     "radix_cache_backend": "another",
     "enable_hierarchical_cache": True,
     "enable_lmcache": True,
@@ -54,6 +53,21 @@ REFUSED = {
     "smg_grpc_mode": True,
     "use_ray": True,
 }
+# The same for each attention backend, beside the above.
+REFUSED_BY_BACKEND = {
+    "flashinfer": {
+        "kv_cache_dtype": "fp4_e2m1",
+        "enable_deterministic_inference": True,
+        "cuda_graph_backend_prefill": "full",
+        "prefill_attention_backend": "torch_native",
+        "decode_attention_backend": "fa3",
+    },
+    "torch_native": {
+        "kv_cache_dtype": "fp8_e5m2",
+        "prefill_attention_backend": "flashinfer",
+        "decode_attention_backend": "flashmla",
+    },
+}
 ENVIRONMENT = (
     "SGLANG_RUST_SERVER",
     "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
@@ -79,9 +93,9 @@ def server_args(**given: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**stock_defaults(), **ours, "enable_ape": True, **given})
 
 
-def refusal(check: Any, subject: Any) -> str:
+def refusal(check: Any, *subject: Any) -> str:
     with pytest.raises(ValueError) as caught:
-        check(subject)
+        check(*subject)
     return str(caught.value)
 
 
@@ -170,16 +184,34 @@ def test_stock_defaults_can_be_combined_with_ape() -> None:
 
 
 def test_every_restricted_field_has_a_case_here() -> None:
-    from sglang_ape.arguments import _RESTRICTED
+    from sglang_ape.arguments import _RESTRICTED, _RESTRICTED_BY_BACKEND
 
     assert {restricted.field for restricted in _RESTRICTED} == set(REFUSED)
+    for backend, fields in REFUSED_BY_BACKEND.items():
+        of_backend = {restricted.field for restricted in _RESTRICTED_BY_BACKEND[backend]}
+        assert of_backend == {name for name in fields if "attention_backend" not in name}
 
 
 @pytest.mark.parametrize("field", REFUSED)
 @pytest.mark.parametrize("check", [refuse_combinations, apply_defaults])
 def test_a_combination_that_cannot_work_is_refused_by_its_flag(check: Any, field: str) -> None:
-    value = REFUSED[field]
-    message = refusal(check, server_args(**{field: value}))
+    assert_refused(check, field, REFUSED[field])
+
+
+@pytest.mark.parametrize(
+    ("backend", "field"),
+    [(backend, field) for backend, fields in REFUSED_BY_BACKEND.items() for field in fields],
+)
+@pytest.mark.parametrize("check", [refuse_combinations, apply_defaults])
+def test_what_one_backend_cannot_do_is_refused_by_its_flag(
+    check: Any, backend: str, field: str
+) -> None:
+    value = REFUSED_BY_BACKEND[backend][field]
+    assert_refused(check, field, value, attention_backend=backend)
+
+
+def assert_refused(check: Any, field: str, value: Any, **others: Any) -> None:
+    message = refusal(check, server_args(**{field: value}, **others))
     words = message.replace(":", " ").split()
     assert "--enable-ape" in words
     assert flag_name(field) in words
@@ -193,13 +225,37 @@ def test_every_flag_named_in_a_refusal_exists() -> None:
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     known = {option for action in parser._actions for option in action.option_strings}
-    assert [flag_name(field) for field in REFUSED if flag_name(field) not in known] == []
+    fields = {*REFUSED, *(name for some in REFUSED_BY_BACKEND.values() for name in some)}
+    assert [flag_name(field) for field in fields if flag_name(field) not in known] == []
 
 
 @pytest.mark.parametrize("field", ["kv_cache_dtype"])
 @pytest.mark.parametrize("value", ["auto", "bf16", "bfloat16"])
 def test_unquantised_kv_is_taken(field: str, value: str) -> None:
     refuse_combinations(server_args(**{field: value}))
+
+
+@pytest.mark.parametrize("value", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_kv_is_taken_by_flashinfer(value: str) -> None:
+    refuse_combinations(server_args(attention_backend="flashinfer", kv_cache_dtype=value))
+
+
+@pytest.mark.parametrize(
+    ("device", "on_gpu", "backend"),
+    [
+        (None, True, "flashinfer"),
+        ("cuda", True, "flashinfer"),
+        ("cpu", True, "torch_native"),
+        (None, False, "torch_native"),
+    ],
+)
+def test_the_attention_backend_follows_the_device(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, on_gpu: bool, backend: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    args = server_args(device=device)
+    apply_defaults(args)
+    assert args.attention_backend == backend
 
 
 def test_what_ape_sets_itself_is_taken() -> None:
@@ -244,12 +300,13 @@ def model_config(text: dict[str, Any] | None = None, **given: Any) -> SimpleName
         "is_encoder_decoder": False,
         "is_multimodal": False,
         "is_generation": True,
+        "head_dim": 128,
     }
     return SimpleNamespace(**{**plain, **given})
 
 
 def test_a_plain_model_is_served() -> None:
-    refuse_model(model_config())
+    refuse_model(model_config(), TORCH)
 
 
 @pytest.mark.parametrize(
@@ -267,16 +324,23 @@ def test_a_plain_model_is_served() -> None:
 def test_a_model_beyond_plain_attention_is_refused_with_the_reason(
     given: dict[str, Any], word: str
 ) -> None:
-    message = refusal(refuse_model, model_config(**given))
+    message = refusal(refuse_model, model_config(**given), TORCH)
     assert "--enable-ape" in message
     assert "SomeForCausalLM" in message
     assert word in message
 
 
+def test_heads_that_flashinfer_does_not_serve_are_refused_there_alone() -> None:
+    for head_dim in (64, 128, 256):
+        refuse_model(model_config(head_dim=head_dim), "flashinfer")
+    assert "heads of 16" in refusal(refuse_model, model_config(head_dim=16), "flashinfer")
+    refuse_model(model_config(head_dim=16), TORCH)
+
+
 def test_latent_attention_is_refused() -> None:
     from sglang.srt.configs.model_config import AttentionArch
 
-    assert "latent" in refusal(refuse_model, model_config(attention_arch=AttentionArch.MLA))
+    assert "latent" in refusal(refuse_model, model_config(attention_arch=AttentionArch.MLA), TORCH)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +353,8 @@ def test_latent_attention_is_refused() -> None:
 def test_attention_variants_of_the_text_config_are_refused(
     field: str, value: float, word: str
 ) -> None:
-    assert word in refusal(refuse_model, model_config({field: value}))
-    refuse_model(model_config({field: None}))
+    assert word in refusal(refuse_model, model_config({field: value}), TORCH)
+    refuse_model(model_config({field: None}), TORCH)
 
 
 def rope_config(scaling: dict[str, Any], name: str, key: str) -> SimpleNamespace:
@@ -303,7 +367,7 @@ def rope_config(scaling: dict[str, Any], name: str, key: str) -> SimpleNamespace
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope"])
 def test_rotary_scaling_by_length_is_refused(name: str, key: str, kind: str) -> None:
-    message = refusal(refuse_model, rope_config({"rope_type": kind}, name, key))
+    message = refusal(refuse_model, rope_config({"rope_type": kind}, name, key), TORCH)
     assert kind in message
 
 
@@ -311,11 +375,13 @@ def test_rotary_scaling_by_length_is_refused(name: str, key: str, kind: str) -> 
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_rotary_scaling_by_position_is_taken(name: str, key: str, kind: str) -> None:
-    refuse_model(rope_config({"rope_type": kind, "factor": 2.0}, name, key))
+    refuse_model(rope_config({"rope_type": kind, "factor": 2.0}, name, key), TORCH)
 
 
 def test_several_reasons_are_given_at_once() -> None:
-    message = refusal(refuse_model, model_config(is_multimodal=True, has_attention_sinks=True))
+    message = refusal(
+        refuse_model, model_config(is_multimodal=True, has_attention_sinks=True), TORCH
+    )
     assert "sinks" in message
     assert "multimodal input" in message
 
@@ -323,7 +389,7 @@ def test_several_reasons_are_given_at_once() -> None:
 def test_a_model_without_a_name_is_refused_all_the_same() -> None:
     nameless = SimpleNamespace(architectures=None)
     assert "this model" in refusal(
-        refuse_model, model_config(hf_config=nameless, is_generation=False)
+        refuse_model, model_config(hf_config=nameless, is_generation=False), TORCH
     )
 
 

@@ -1,0 +1,134 @@
+"""FlashInfer's paged FA2 prefill kernel with a temperature for every request of the batch.
+
+The variant is plain softmax attention whose logits are multiplied by ``sm_scale`` and by the
+request's own ``inv_temperature``; at 1 it computes what the stock kernel computes. FlashInfer
+compiles it as a module of its own (``flashinfer/jit/attention/modules.py:
+gen_customize_batch_prefill_module``, 0.6.15). A module is found in one of two places: among those
+built ahead of time by ``python -m flashinfer_ext.prebuild``, or in FlashInfer's own cache, where it
+is compiled on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from flashinfer.jit import env as jit_env
+from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper, get_batch_prefill_jit_module
+
+MODULE_DIR_VARIABLE = "FLASHINFER_EXT_MODULE_DIR"
+
+_DTYPE_NAMES = {
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+}
+
+# FlashInfer calls the constructor with the index of the request in the plan; the members it reads
+# are those of its own DefaultAttention (include/flashinfer/attention/variants.cuh).
+_SOURCE = """
+struct ApeTemperature : AttentionVariantBase {
+  static constexpr bool use_softmax = true;
+  uint32_t qo_len, kv_len, window_left;
+  float sm_scale_log2;
+
+  template <typename Params>
+  __device__ __host__ ApeTemperature(const Params& params, uint32_t batch_idx, uint8_t*) {
+    qo_len = params.get_qo_len(batch_idx);
+    kv_len = params.get_kv_len(batch_idx);
+    window_left = kv_len;
+    sm_scale_log2 = params.sm_scale * params.inv_temperature[batch_idx] * math::log2e;
+  }
+};
+"""
+
+
+class ModuleKey(NamedTuple):
+    """What a module is compiled for."""
+
+    q_dtype: torch.dtype  # of queries and outputs: float16 or bfloat16
+    kv_dtype: torch.dtype  # the same, or float8_e4m3fn, float8_e5m2
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        """Name of the module and of its file; the variant's own version is part of it."""
+        q, kv = _DTYPE_NAMES[self.q_dtype], _DTYPE_NAMES[self.kv_dtype]
+        return f"ape_temperature_v1_q_{q}_kv_{kv}_head_dim_{self.head_dim}"
+
+
+def jit_spec(key: ModuleKey) -> Any:
+    """FlashInfer's build recipe (``flashinfer.jit.core.JitSpec``) for a module."""
+    from flashinfer.jit import gen_customize_batch_prefill_module
+
+    return gen_customize_batch_prefill_module(
+        "fa2",
+        key.name,
+        key.q_dtype,
+        key.kv_dtype,
+        key.q_dtype,  # outputs
+        torch.int32,  # page indices
+        key.head_dim,
+        key.head_dim,
+        ["inv_temperature"],
+        ["float"],
+        ["sm_scale"],
+        ["double"],
+        "ApeTemperature",
+        _SOURCE,
+    )
+
+
+def prebuilt_path(key: ModuleKey) -> Path:
+    """Where a module built ahead of time lies, for the architecture FlashInfer builds for.
+
+    ``$FLASHINFER_EXT_MODULE_DIR`` or ``~/.cache/flashinfer_ext``, then FlashInfer's version and the
+    architecture: a module of another version or GPU is never taken.
+    """
+    base = os.environ.get(MODULE_DIR_VARIABLE)
+    root = Path(base) if base else Path.home() / ".cache" / "flashinfer_ext"
+    version_and_arch = jit_env.FLASHINFER_WORKSPACE_DIR.relative_to(jit_env.FLASHINFER_CACHE_DIR)
+    return root / version_and_arch / f"{key.name}.so"
+
+
+def is_available(key: ModuleKey) -> bool:
+    """Whether the module is prebuilt or can be compiled here."""
+    return prebuilt_path(key).exists() or jit_spec(key).is_aot or _has_compiler()
+
+
+@functools.cache
+def load_module(key: ModuleKey) -> Any:
+    """Load a module, compiling it first (minutes) if it is not there yet.
+
+    Returns:
+        What ``get_batch_prefill_jit_module`` makes of it: ``plan`` and ``paged_run`` functions.
+    """
+    spec = jit_spec(key)
+    path = prebuilt_path(key)
+    module = spec.load(path) if path.exists() else spec.build_and_load()
+    return get_batch_prefill_jit_module(key.name, module)
+
+
+class TemperatureAttentionWrapper(BatchPrefillWithPagedKVCacheWrapper):
+    """``BatchPrefillWithPagedKVCacheWrapper`` on a module of this variant.
+
+    ``run(q, kv, inv_temperature, sm_scale, ...)`` takes the fp32 tensor (batch,) and the scalar by
+    position; FlashInfer ignores ``sm_scale`` and ``k_scale`` given to a custom module by keyword.
+    """
+
+    def __init__(self, module: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, backend="fa2", **kwargs)
+        self._jit_module = module
+        self._jit_additional_tensor_names = ["inv_temperature"]
+
+
+def _has_compiler() -> bool:
+    if shutil.which("ninja") is None:
+        return False
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") is not None or os.access(f"{home}/bin/nvcc", os.X_OK)

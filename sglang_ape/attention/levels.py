@@ -1,0 +1,123 @@
+"""A batch as the two levels of a cascade: which rows read which columns of which page-table line.
+
+Level 0 are the contexts (read as a whole, with a temperature), level 1 is each row's path (causal).
+Everything is host arithmetic on int32 arrays; the layout is the one that
+``flashinfer_ext.ApeCascadeAttentionWrapper.plan`` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sglang_ape.attention.plan import Path, plan_request
+from sglang_ape.spec import ApeSpec
+
+
+class Levels(NamedTuple):
+    """Two levels over the new rows of a batch, in batch order.
+
+    Segments are runs of page-table columns; back to back they are the KV indices of the contexts
+    level and behind them those of the path level.
+    """
+
+    segment_row: np.ndarray  # (segments,) int32, index of the request in the batch
+    segment_start: np.ndarray  # (segments,) int32, first column
+    segment_indptr: np.ndarray  # (segments + 1,) int32, place among the KV indices
+    qo_indptr: tuple[np.ndarray, np.ndarray]  # for each level (groups + 1,) int32
+    kv_indptr: tuple[np.ndarray, np.ndarray]  # for each level (groups + 1,) int32, from 0
+    temperature: np.ndarray  # (groups of the contexts level,) fp32; 1 where there are no contexts
+    scale: np.ndarray  # likewise
+
+
+def decode_levels(specs: Sequence[ApeSpec | None], seq_lens: np.ndarray) -> Levels:
+    """One new row for each request: the last of its ``seq_lens`` (batch,) rows.
+
+    A plain request has one path, its whole row, and no contexts; so has a padding row.
+    """
+    batch = len(specs)
+    prefix = np.fromiter((spec.prefix_len if spec else 0 for spec in specs), np.int32, batch)
+    end = np.fromiter((spec.context_end if spec else 0 for spec in specs), np.int32, batch)
+    own = seq_lens.astype(np.int32) - end
+    requests = np.arange(batch, dtype=np.int32)
+
+    start = np.concatenate([prefix, _interleave(np.zeros_like(end), end)])
+    indptr = _indptr(np.concatenate([end - prefix, _interleave(prefix, own)]))
+    rows = np.arange(batch + 1, dtype=np.int32)
+    return Levels(
+        np.concatenate([requests, np.repeat(requests, 2)]),
+        start,
+        indptr,
+        (rows, rows),
+        (indptr[: batch + 1], indptr[batch::2] - indptr[batch]),
+        np.fromiter((spec.temperature if spec else 1 for spec in specs), np.float32, batch),
+        np.fromiter((spec.scale if spec else 1 for spec in specs), np.float32, batch),
+    )
+
+
+def extend_levels(
+    specs: Sequence[ApeSpec | None], starts: Sequence[int], stops: Sequence[int]
+) -> Levels:
+    """New rows [start, stop) for each request, whose earlier rows are in the KV pool already."""
+    contexts, paths = _Level(), _Level()
+    temperature: list[float] = []
+    scale: list[float] = []
+    for request, (spec, start, stop) in enumerate(zip(specs, starts, stops, strict=True)):
+        if spec is None:
+            paths.add(request, Path((start, stop), ((0, stop),)))
+            contexts.add(request, Path((start, stop), ()))
+            temperature.append(1.0)
+            scale.append(1.0)
+            continue
+        plan = plan_request(spec, start, stop)
+        for path in plan.paths:
+            paths.add(request, path)
+        query_start = plan.query_rows[0] if plan.query_rows else stop
+        if query_start > start:
+            contexts.add(request, Path((start, query_start), ()))
+            temperature.append(1.0)
+            scale.append(1.0)
+        if plan.query_rows:
+            contexts.add(request, Path(plan.query_rows, (plan.contexts,)))
+            temperature.append(spec.temperature)
+            scale.append(spec.scale)
+    return Levels(
+        np.array(contexts.row + paths.row, np.int32),
+        np.array(contexts.start + paths.start, np.int32),
+        _indptr(contexts.length + paths.length),
+        (_indptr(contexts.rows), _indptr(paths.rows)),
+        (_indptr(contexts.kv_len), _indptr(paths.kv_len)),
+        np.array(temperature, np.float32),
+        np.array(scale, np.float32),
+    )
+
+
+class _Level:
+    """Groups of one level, collected one by one."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []  # of each group
+        self.kv_len: list[int] = []  # of each group
+        self.row: list[int] = []  # of each segment, as start and length
+        self.start: list[int] = []
+        self.length: list[int] = []
+
+    def add(self, request: int, group: Path) -> None:
+        self.rows.append(group.rows[1] - group.rows[0])
+        self.kv_len.append(sum(stop - start for start, stop in group.kv))
+        for start, stop in group.kv:
+            self.row.append(request)
+            self.start.append(start)
+            self.length.append(stop - start)
+
+
+def _interleave(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.stack([first, second], axis=1).ravel()
+
+
+def _indptr(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    indptr = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=indptr[1:])
+    return indptr

@@ -1,0 +1,105 @@
+"""Every situation of the CPU's oracle tests on FlashInfer attention, in half precision.
+
+The checkpoints are stored in the type they run in, so that what differs from the oracle, which
+computes the same weights in fp32, is the rounding of activations, keys and values alone.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.engine.test_oracle_equality import *  # noqa: F403  the situations
+from tests.engine.test_oracle_equality import Bench
+from tests.support import models
+from tests.support.deployments import Deployment
+from tests.support.models import Shape
+from tests.support.oracle import Oracle
+from tests.support.server import Server
+
+_FLAGS = (
+    *("--device", "cuda", "--mem-fraction-static", "0.2", "--cuda-graph-max-bs", "16"),
+    *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
+)
+_NO_PREFILL_GRAPHS = ("--cuda-graph-backend-prefill", "disabled")
+_BF16 = Shape(num_heads=4, num_kv_heads=1, head_dim=128, dtype=torch.bfloat16)
+_FP16 = Shape(num_heads=4, num_kv_heads=4, head_dim=64, dtype=torch.float16)
+
+
+class GpuDeployment(NamedTuple):
+    """A deployment and the shape of its checkpoint."""
+
+    shape: Shape
+    deployment: Deployment
+
+
+def _deployment(
+    name: str, model: str, shape: Shape, flags: tuple[str, ...], tolerance: float, **given: object
+) -> GpuDeployment:
+    dtype = str(shape.dtype).removeprefix("torch.")
+    values = {"env": {}, "pool_tokens": 8192, **given}
+    flags = (*_FLAGS, "--dtype", dtype, *flags)
+    return GpuDeployment(
+        shape,
+        Deployment(name=name, model=model, flags=flags, tolerance=tolerance, **values),  # type: ignore[arg-type]
+    )
+
+
+DEPLOYMENTS = (
+    _deployment("bf16, graphs", "tiny_llama", _BF16, (), 0.15),
+    _deployment(
+        "fp16, MHA, qwen2, no overlap, chunks of 16",
+        "tiny_qwen2",
+        _FP16,
+        ("--disable-overlap-schedule", "--chunked-prefill-size", "16", *_NO_PREFILL_GRAPHS),
+        0.03,
+    ),
+    _deployment(
+        "bf16, small pool, forced retraction",
+        "tiny_llama",
+        _BF16,
+        _NO_PREFILL_GRAPHS,
+        0.15,
+        env={"SGLANG_TEST_RETRACT": "true"},
+        pool_tokens=1000,
+        loses_logprobs=True,
+    ),
+    _deployment(
+        "bf16, mixed chunks, longest prefix match",
+        "tiny_llama",
+        _BF16,
+        (
+            *("--enable-mixed-chunk", "--schedule-policy", "lpm", "--chunked-prefill-size", "16"),
+            *_NO_PREFILL_GRAPHS,
+        ),
+        0.15,
+    ),
+    _deployment(
+        "bf16, no radix cache, no graphs",
+        "tiny_llama",
+        _BF16,
+        ("--disable-radix-cache", "--disable-cuda-graph"),
+        0.15,
+        caches=False,
+    ),
+    _deployment(
+        "bf16, FP8 KV",
+        "tiny_llama",
+        _BF16,
+        ("--kv-cache-dtype", "fp8_e4m3", *_NO_PREFILL_GRAPHS),
+        1.0,  # keys and values are rounded to 3 bits
+    ),
+)
+
+
+@pytest.fixture(scope="module", params=DEPLOYMENTS, ids=lambda given: given.deployment.name)
+def bench(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
+    shape, deployment = request.param
+    write = getattr(models, deployment.model)
+    model = write(tmp_path_factory.mktemp("model"), shape)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(model, deployment.all_flags, log, deployment.env) as server:
+        yield Bench(deployment, server, Oracle(model))

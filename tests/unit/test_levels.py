@@ -1,0 +1,129 @@
+"""The two levels of a batch send every row to exactly the columns that the formula names."""
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_ape.attention.levels import Levels, decode_levels, extend_levels
+from sglang_ape.spec import ApeSpec
+
+Columns = list[int]
+
+
+@st.composite
+def specs(draw: Any) -> ApeSpec | None:
+    if draw(st.booleans()):
+        return None
+    return ApeSpec(
+        draw(st.integers(0, 5)),
+        tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))),
+        draw(st.sampled_from([0.5, 0.9, 1.0])),
+        draw(st.sampled_from([0.0, 0.9, 1.0])),
+        "set",
+    )
+
+
+@st.composite
+def requests(draw: Any, decoding: bool) -> tuple[ApeSpec | None, int, int]:
+    spec = draw(specs())
+    end = spec.context_end if spec else 0
+    if decoding:
+        stop = end + draw(st.integers(1, 9))
+        return spec, stop - 1, stop
+    start = draw(st.integers(0, end + 5))
+    return spec, start, start + draw(st.integers(1, end + 8))
+
+
+def batches(decoding: bool) -> Any:
+    return st.lists(requests(decoding), min_size=1, max_size=6)
+
+
+def _groups(levels: Levels, level: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """For each group of a level its number of rows, and (request, column) of its KV in order."""
+    columns = [
+        (int(request), start + i)
+        for request, start, length in zip(
+            levels.segment_row.tolist(),
+            levels.segment_start.tolist(),
+            np.diff(levels.segment_indptr).tolist(),
+            strict=True,
+        )
+        for i in range(length)
+    ]
+    offset = 0 if level == 0 else int(levels.kv_indptr[0][-1])
+    indptr = (levels.kv_indptr[level] + offset).tolist()
+    rows = np.diff(levels.qo_indptr[level]).tolist()
+    assert indptr[-1] == (len(columns) if level == 1 else levels.kv_indptr[0][-1])
+    return [(n, columns[a:b]) for n, a, b in zip(rows, indptr[:-1], indptr[1:], strict=True)]
+
+
+def _visible(levels: Levels) -> list[tuple[int, Columns, Columns, float, float]]:
+    """For each new row: its request, the columns of its path and of its contexts, T and S."""
+    paths: list[tuple[int, Columns]] = []
+    for rows, columns in _groups(levels, 1):
+        for i in range(rows):
+            seen = columns[: len(columns) - rows + i + 1]  # bottom-right aligned
+            assert len({request for request, _ in seen}) == 1
+            paths.append((seen[0][0], [column for _, column in seen]))
+    contexts: list[tuple[Columns, float, float]] = []
+    for (rows, columns), t, s in zip(
+        _groups(levels, 0), levels.temperature.tolist(), levels.scale.tolist(), strict=True
+    ):
+        contexts += [([column for _, column in columns], t, s)] * rows
+    assert len(paths) == len(contexts)
+    return [(*path, *group) for path, group in zip(paths, contexts, strict=True)]
+
+
+def _expected(spec: ApeSpec | None, row: int) -> tuple[Columns, Columns]:
+    if spec is None or row < spec.prefix_len:
+        return list(range(row + 1)), []
+    prefix = list(range(spec.prefix_len))
+    if row >= spec.context_end:
+        return [*prefix, *range(spec.context_end, row + 1)], [
+            *range(spec.prefix_len, spec.context_end)
+        ]
+    start = max(start for start in spec.context_starts if start <= row)
+    return [*prefix, *range(start, row + 1)], []
+
+
+def _assert_as_the_formula_says(
+    levels: Levels, batch: list[tuple[ApeSpec | None, int, int]]
+) -> None:
+    rows = iter(_visible(levels))
+    for request, (spec, start, stop) in enumerate(batch):
+        for row in range(start, stop):
+            owner, path, contexts, t, s = next(rows)
+            assert owner == request
+            assert (path, contexts) == _expected(spec, row)
+            if spec is not None and contexts:
+                assert np.float32(spec.temperature) == t
+                assert np.float32(spec.scale) == s
+    assert next(rows, None) is None
+
+
+@given(batches(decoding=False))
+def test_new_rows_read_their_own_past_and_the_query_all_contexts(batch: Any) -> None:
+    specs, starts, stops = (list(column) for column in zip(*batch, strict=True))
+    _assert_as_the_formula_says(extend_levels(specs, starts, stops), batch)
+
+
+@given(batches(decoding=True))
+def test_decoding_is_extending_by_one_row(batch: Any) -> None:
+    specs, starts, stops = (list(column) for column in zip(*batch, strict=True))
+    levels = decode_levels(specs, np.array(stops))
+    _assert_as_the_formula_says(levels, batch)
+    assert all(len(indptr) == len(batch) + 1 for indptr in levels.qo_indptr)
+    extended = extend_levels(specs, starts, stops)
+    for ours, theirs in zip(levels.kv_indptr, extended.kv_indptr, strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+@given(batches(decoding=False))
+def test_every_array_is_what_the_kernels_take(batch: Any) -> None:
+    specs, starts, stops = (list(column) for column in zip(*batch, strict=True))
+    levels = extend_levels(specs, starts, stops)
+    for array in (*levels[:3], *levels.qo_indptr, *levels.kv_indptr):
+        assert array.dtype == np.int32
+    assert levels.temperature.dtype == levels.scale.dtype == np.float32
