@@ -34,7 +34,7 @@ class ApeCascadeAttentionWrapper:
     request of its own, as in decoding, both levels are one launch of FlashInfer's kernel.
 
     Args:
-        float_workspace_buffer: uint8 on the GPU, 128 MB recommended; FlashInfer's split-KV results.
+        float_workspace_buffer: uint8 on the GPU, 384 MB recommended; FlashInfer's split-KV results.
         kv_layout: ``"NHD"`` or ``"HND"``.
         use_cuda_graph: plan into fixed buffers, for batches of exactly ``batch_size`` rows with a
             request each; ``run`` may then be captured, and ``plan`` called again before a replay.
@@ -87,7 +87,8 @@ class ApeCascadeAttentionWrapper:
         """Prepare a batch; any number of ``run`` calls may follow, one a layer.
 
         Index pointers and lengths are best given on the CPU: they are read there, and a GPU tensor
-        costs a synchronisation.
+        costs a synchronisation. Without one, the next ``plan`` has to wait until the GPU has begun
+        the ``run`` calls of this one: FlashInfer copies its work list from one pinned buffer.
 
         Args:
             qo_indptr_arr: for each level int32 (groups + 1,): group i of the level holds the rows
@@ -111,10 +112,35 @@ class ApeCascadeAttentionWrapper:
         Raises:
             ValueError: lengths do not fit together, or T or S is out of range.
         """
+        qo = [indptr.cpu() for indptr in qo_indptr_arr]
+        kv = [indptr.cpu() for indptr in paged_kv_indptr_arr]
+        last = [lens.cpu() for lens in paged_kv_last_page_len]
+        _check_levels(qo, kv, last)
+        rows, groups = int(qo[PATH][-1]), len(qo[CONTEXTS]) - 1
+        t = _per_group("temperature", temperature, groups)
+        s = _per_group("scale", scale, groups)
+        if not bool((t > 0).all()) or not bool((s >= 0).all()):
+            raise ValueError("temperature must be > 0 and scale >= 0")
+        indices = (
+            paged_kv_indices
+            if isinstance(paged_kv_indices, torch.Tensor)
+            else torch.cat(list(paged_kv_indices))
+        )
+        pages = int(kv[CONTEXTS][-1] + kv[PATH][-1])
+        if len(indices) < pages:
+            raise ValueError(f"paged_kv_indices holds {len(indices)} of {pages} pages")
+        one_row_each = all(len(indptr) == rows + 1 for indptr in qo)
         key = variant.ModuleKey(q_data_type, kv_data_type or q_data_type, head_dim)
+        if self._graph is not None:
+            if not one_row_each or rows != self._graph.rows:
+                raise ValueError(f"a CUDA graph of {self._graph.rows} rows takes one request a row")
+            if self._key not in (None, key):
+                raise ValueError(f"a CUDA graph captured for {self._key} cannot run {key}")
+
         if key != self._key:
             self._key, self._module = key, temperature_module(key)
             self._fused, self._levels = None, []
+        self._rows = rows
         self._sm_scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
         self._plan_arguments = dict(
             num_qo_heads=num_qo_heads,
@@ -123,25 +149,6 @@ class ApeCascadeAttentionWrapper:
             page_size=page_size,
             q_data_type=key.q_dtype,
             kv_data_type=key.kv_dtype,
-        )
-
-        qo = [indptr.cpu() for indptr in qo_indptr_arr]
-        kv = [indptr.cpu() for indptr in paged_kv_indptr_arr]
-        last = [lens.cpu() for lens in paged_kv_last_page_len]
-        _check_levels(qo, kv, last)
-        self._rows = int(qo[PATH][-1])
-        t = _per_group(temperature, len(qo[CONTEXTS]) - 1)
-        s = _per_group(scale, len(qo[CONTEXTS]) - 1)
-        if not bool((t > 0).all()) or not bool((s >= 0).all()):
-            raise ValueError("temperature must be > 0 and scale >= 0")
-
-        one_row_each = all(len(indptr) == self._rows + 1 for indptr in qo)
-        if self._graph is not None and not (one_row_each and self._rows == self._graph.rows):
-            raise ValueError(f"a CUDA graph of {self._graph.rows} rows takes one request a row")
-        indices = (
-            paged_kv_indices
-            if isinstance(paged_kv_indices, torch.Tensor)
-            else torch.cat(list(paged_kv_indices))
         )
         if one_row_each:
             self._plan_fused(kv, indices, last, t, s)
@@ -325,7 +332,7 @@ def temperature_module(key: variant.ModuleKey) -> Any:
         logger.info("loading the attention module %s", key.name)
         return variant.load_module(key)
     logger.warning(
-        "the attention module %s is not prebuilt and cannot be compiled here (no nvcc or no ninja): "
+        "attention module %s is neither prebuilt nor can be compiled here (no nvcc or no ninja): "
         "using FlashInfer's stock kernel; python -m flashinfer_ext.prebuild builds it elsewhere",
         key.name,
     )
@@ -367,15 +374,20 @@ def _check_levels(qo: list[torch.Tensor], kv: list[torch.Tensor], last: list[tor
                 f"{name}: qo_indptr, paged_kv_indptr and paged_kv_last_page_len are for "
                 f"{len(q) - 1}, {len(k) - 1} and {len(n)} groups"
             )
-        if bool((q.diff() < 0).any()) or bool((k.diff() < 0).any()):
-            raise ValueError(f"{name}: an indptr decreases")
+        for indptr in (q, k):
+            if int(indptr[0]) != 0 or bool((indptr.diff() < 0).any()):
+                raise ValueError(f"{name}: an indptr does not start at 0 or decreases")
     if qo[CONTEXTS][-1] != qo[PATH][-1]:
         raise ValueError(f"the levels cover {int(qo[CONTEXTS][-1])} and {int(qo[PATH][-1])} rows")
 
 
-def _per_group(value: Floats, groups: int) -> torch.Tensor:
-    """fp32 on the CPU, one for each group."""
-    return torch.as_tensor(value, dtype=torch.float32).cpu().expand(groups)
+def _per_group(name: str, value: Floats, groups: int) -> torch.Tensor:
+    """fp32 on the CPU, one for each group of the contexts level."""
+    values = torch.as_tensor(value, dtype=torch.float32).cpu()
+    if values.dim() > 1 or (values.dim() == 1 and len(values) != groups):
+        shape = tuple(values.shape)
+        raise ValueError(f"{name}: {shape} values for {groups} groups of the contexts level")
+    return values.expand(groups)
 
 
 def _one_value(values: torch.Tensor) -> float | None:

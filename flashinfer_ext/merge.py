@@ -44,10 +44,11 @@ def merge_state_scaled(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    _check_states(v_a, s_a, v_b, s_b)
+    _check_states(v_a, s_a, v_b, s_b, exponent_b)
     if not v_a.is_cuda:
         return reference.merge_state_scaled(v_a, s_a, v_b, s_b, exponent_b)
     exponents = torch.as_tensor(exponent_b, dtype=torch.float32, device=v_a.device)
+    v_a, s_a, v_b, s_b = (x.contiguous() for x in (v_a, s_a, v_b, s_b))
     v, s = torch.empty_like(v_a), torch.empty_like(s_a)
     launch_merge(v_a, s_a, v_b, s_b, exponents.expand(v_a.shape[0]), v, s)
     return v, s
@@ -64,6 +65,8 @@ def launch_merge(
     v_scale: float = 1.0,
 ) -> None:
     """Launch the kernel into buffers; capturable in a CUDA graph.
+
+    Rows may lie anywhere; within a row, heads and dimensions are contiguous.
 
     Args:
         exponents: (seq_len,) fp32, of any stride.
@@ -92,6 +95,7 @@ def launch_merge(
         s_b.stride(0),
         exponents.stride(0),
         out.stride(0),
+        0 if lse is None else lse.stride(0),
         v_scale,
         EMPTY_LSE=EMPTY_LSE,
         IN_PLACE=out.data_ptr() == v_a.data_ptr() and v_scale == 1.0,
@@ -118,6 +122,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     stride_s_b,
     stride_exponents,
     stride_out,
+    stride_lse,
     v_scale,
     EMPTY_LSE: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -155,11 +160,15 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * stride_out + offset, merged.to(out.dtype.element_ty), mask=mask)
     if WRITE_LSE:
         result = tl.where(empty_b, state_a, highest + tl.log2(total))
-        tl.store(lse + row * stride_s_a + head, result, mask=in_heads)
+        tl.store(lse + row * stride_lse + head, result, mask=in_heads)
 
 
 def _check_states(
-    v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: torch.Tensor
+    v_a: torch.Tensor,
+    s_a: torch.Tensor,
+    v_b: torch.Tensor,
+    s_b: torch.Tensor,
+    exponent_b: torch.Tensor | float,
 ) -> None:
     if v_a.dim() != 3 or v_a.shape != v_b.shape or v_a.dtype != v_b.dtype:
         raise ValueError(
@@ -172,3 +181,6 @@ def _check_states(
             raise ValueError(
                 f"{name} must be fp32 of shape {shape}, got {tuple(s.shape)} {s.dtype}"
             )
+    shape = tuple(getattr(exponent_b, "shape", ()))
+    if shape not in ((), (v_a.shape[0],)):
+        raise ValueError(f"exponent_b must be a scalar or of shape ({v_a.shape[0]},), got {shape}")

@@ -128,7 +128,10 @@ class TemperatureAttentionWrapper(BatchPrefillWithPagedKVCacheWrapper):
 
 
 def _has_compiler() -> bool:
+    """Whether FlashInfer's JIT finds nvcc, where it looks for it, and ninja."""
     if shutil.which("ninja") is None:
         return False
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("nvcc") is not None or os.access(f"{home}/bin/nvcc", os.X_OK)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home is None and shutil.which("nvcc") is not None:
+        return True
+    return os.access(f"{home or '/usr/local/cuda'}/bin/nvcc", os.X_OK)

@@ -24,7 +24,12 @@ _FLAGS = (
 )
 _NO_PREFILL_GRAPHS = ("--cuda-graph-backend-prefill", "disabled")
 _BF16 = Shape(num_heads=4, num_kv_heads=1, head_dim=128, dtype=torch.bfloat16)
-_FP16 = Shape(num_heads=4, num_kv_heads=4, head_dim=64, dtype=torch.float16)
+_FP16 = Shape(num_heads=4, num_kv_heads=1, head_dim=64, dtype=torch.float16)
+_FP16_MHA = _FP16._replace(num_kv_heads=4)
+# What the rounding of activations alone does to a log-probability of these models, with room: seen
+# on the CPU with attention in fp32, it is up to 0.22 in bf16 and 0.015 in fp16.
+_BF16_TOLERANCE = 0.4
+_FP16_TOLERANCE = 0.04
 
 
 class GpuDeployment(NamedTuple):
@@ -47,44 +52,44 @@ def _deployment(
 
 
 DEPLOYMENTS = (
-    _deployment("bf16, graphs", "tiny_llama", _BF16, (), 0.15),
+    _deployment("bf16-graphs", "tiny_llama", _BF16, (), _BF16_TOLERANCE),
     _deployment(
-        "fp16, MHA, qwen2, no overlap, chunks of 16",
+        "fp16-mha-qkv-bias-no-overlap-chunks",
         "tiny_qwen2",
-        _FP16,
+        _FP16_MHA,
         ("--disable-overlap-schedule", "--chunked-prefill-size", "16", *_NO_PREFILL_GRAPHS),
-        0.03,
+        _FP16_TOLERANCE,
     ),
     _deployment(
-        "bf16, small pool, forced retraction",
+        "fp16-small-pool-retraction",
         "tiny_llama",
-        _BF16,
+        _FP16,
         _NO_PREFILL_GRAPHS,
-        0.15,
+        _FP16_TOLERANCE,
         env={"SGLANG_TEST_RETRACT": "true"},
         pool_tokens=1000,
         loses_logprobs=True,
     ),
     _deployment(
-        "bf16, mixed chunks, longest prefix match",
+        "fp16-mixed-chunks-lpm",
         "tiny_llama",
-        _BF16,
+        _FP16,
         (
             *("--enable-mixed-chunk", "--schedule-policy", "lpm", "--chunked-prefill-size", "16"),
             *_NO_PREFILL_GRAPHS,
         ),
-        0.15,
+        _FP16_TOLERANCE,
     ),
     _deployment(
-        "bf16, no radix cache, no graphs",
+        "fp16-no-cache-no-graphs",
         "tiny_llama",
-        _BF16,
+        _FP16,
         ("--disable-radix-cache", "--disable-cuda-graph"),
-        0.15,
+        _FP16_TOLERANCE,
         caches=False,
     ),
     _deployment(
-        "bf16, FP8 KV",
+        "bf16-fp8-kv",
         "tiny_llama",
         _BF16,
         ("--kv-cache-dtype", "fp8_e4m3", *_NO_PREFILL_GRAPHS),

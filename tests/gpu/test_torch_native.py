@@ -23,6 +23,7 @@ def engine(tiny_llama: Path) -> Iterator[Any]:
     engine = sglang.Engine(
         model_path=str(tiny_llama),
         enable_ape=True,
+        attention_backend="torch_native",
         dtype="float16",
         max_total_tokens=8192,
         ape_max_context_tokens=4000,

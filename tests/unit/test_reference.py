@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from flashinfer_ext.reference import attention_state, merge_state_scaled
+from flashinfer_ext.reference import EMPTY_LSE, attention_state, merge_state_scaled
 from tests.support.oracle import one_thread
 
 TOLERANCE = 1e-5
 HEADS = 8
+EMPTY = [-math.inf, -5e4, EMPTY_LSE]  # torch's, FlashInfer's, and the largest that counts as one
 State = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -219,31 +220,44 @@ def test_as_many_rows_as_heads_does_not_confuse_the_exponents() -> None:
     assert_same_state(merge_state_scaled(*a, *b, rows), naive_merge(a, b, rows))
 
 
-def empty_state(rows: int) -> State:
-    return torch.zeros(rows, HEADS, 16), torch.full((rows, HEADS), -math.inf)
+def empty_state(rows: int, lse: float) -> State:
+    return torch.zeros(rows, HEADS, 16), torch.full((rows, HEADS), lse)
 
 
+@pytest.mark.parametrize("empty", EMPTY)
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_an_empty_second_state_leaves_the_first_unchanged(exponent: float) -> None:
+def test_an_empty_second_state_leaves_the_first_unchanged(exponent: float, empty: float) -> None:
     a = state(4, -30.0, 30.0, seed=9)
-    out, lse = merge_state_scaled(*a, *empty_state(4), exponent)
+    out, lse = merge_state_scaled(*a, *empty_state(4, empty), exponent)
     assert torch.equal(out, a[0])
     assert torch.equal(lse, a[1])
 
 
+@pytest.mark.parametrize("empty", EMPTY)
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_an_empty_first_state_gives_the_second_with_its_power(exponent: float) -> None:
+def test_an_empty_first_state_gives_the_second_with_its_power(
+    exponent: float, empty: float
+) -> None:
     b = state(4, -10.0, 10.0, seed=10)
-    out, lse = merge_state_scaled(*empty_state(4), *b, exponent)
+    out, lse = merge_state_scaled(*empty_state(4, empty), *b, exponent)
     assert_close(out, b[0].double())
     assert_close(lse, b[1].double() * exponent)
 
 
+@pytest.mark.parametrize("empty", EMPTY)
 @pytest.mark.parametrize("exponent", [0.0, 1.0])
-def test_two_empty_states_stay_empty(exponent: float) -> None:
-    out, lse = merge_state_scaled(*empty_state(2), *empty_state(2), exponent)
+def test_two_empty_states_stay_empty(exponent: float, empty: float) -> None:
+    out, lse = merge_state_scaled(*empty_state(2, empty), *empty_state(2, empty), exponent)
     assert torch.equal(out, torch.zeros(2, HEADS, 16))
-    assert torch.isneginf(lse).all()
+    assert (lse <= EMPTY_LSE).all()
+
+
+@pytest.mark.parametrize("low", [-4e4, -1e4])
+def test_a_very_small_second_state_is_not_an_empty_one(low: float) -> None:
+    """At exponent 0 it still counts as one; an empty state would count as nothing."""
+    a, b = state(2, -0.5, 0.5, seed=15), state(2, low, low, seed=16)
+    expected = naive_merge(a, b, torch.zeros(2, dtype=torch.float64))
+    assert_same_state(merge_state_scaled(*a, *b, 0.0), expected)
 
 
 def test_only_rows_with_an_empty_second_state_keep_the_first() -> None:

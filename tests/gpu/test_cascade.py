@@ -1,0 +1,711 @@
+"""The cascade wrapper on a GPU against the formula of APE written out in fp32."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from flashinfer_ext import cascade
+from flashinfer_ext.cascade import ApeCascadeAttentionWrapper
+
+# Norm of the error of each row beside the norm of its row. Rounded are the probabilities inside of
+# the kernel, the output of either level and the merged output, each by at most 2^-8 (bf16) or
+# 2^-11 (fp16) and by 1.6e-3 or 2e-4 on average, and independently of each other.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# The kernel sums up rounded probabilities, and so the base-2 logarithm is off by 1.44 * 2^-8 or
+# 1.44 * 2^-11 at most. The contexts' logarithm is multiplied by S * T, and its error with it.
+LSE_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+QUERIES_IN_BF16 = 3e-2  # queries divided by T are rounded once more: 2^-9 / T of each logit
+
+BF16_64, BF16_128 = (torch.bfloat16, 64), (torch.bfloat16, 128)
+FP16_64, FP16_128 = (torch.float16, 64), (torch.float16, 128)
+
+
+@dataclass(frozen=True)
+class Shape:
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+    num_qo_heads: int = 8
+    num_kv_heads: int = 2
+    page_size: int = 1
+    layout: str = "NHD"
+    kv_dtype: torch.dtype | None = None  # default: dtype
+
+
+class Contexts(NamedTuple):
+    """A group of the contexts level."""
+
+    rows: int
+    kv_len: int
+    temperature: float = 1.0
+    scale: float = 1.0
+
+
+class Path(NamedTuple):
+    """A group of the path level."""
+
+    rows: int
+    kv_len: int
+
+
+class Level(NamedTuple):
+    """What ``plan`` takes for one level."""
+
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    indices: torch.Tensor
+    last_page_len: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    shape: Shape
+    contexts: Sequence[Contexts]
+    path: Sequence[Path]
+    levels: tuple[Level, Level]
+    q: torch.Tensor
+    cache: torch.Tensor
+
+    @property
+    def temperature(self) -> list[float]:
+        return [group.temperature for group in self.contexts]
+
+    @property
+    def scale(self) -> list[float]:
+        return [group.scale for group in self.contexts]
+
+
+class State(NamedTuple):
+    out: torch.Tensor  # (rows, heads, head_dim) fp32
+    lse: torch.Tensor  # (rows, heads) fp32, natural
+
+
+##### Batches
+
+
+def indptr(lens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def make_level(
+    groups: Sequence[Contexts] | Sequence[Path], page_size: int, free: torch.Tensor
+) -> Level:
+    """The first of the free pages, one after the other."""
+    pages = [math.ceil(group.kv_len / page_size) for group in groups]
+    last = [
+        group.kv_len - max(n - 1, 0) * page_size for group, n in zip(groups, pages, strict=True)
+    ]
+    return Level(
+        indptr([group.rows for group in groups]),
+        indptr(pages),
+        free[: sum(pages)].contiguous(),
+        torch.tensor([n or 1 for n in last], dtype=torch.int32),
+    )
+
+
+def make_batch(
+    shape: Shape,
+    contexts: Sequence[Contexts],
+    path: Sequence[Path],
+    shift: float = 0.0,
+    amplify: float = 1.0,
+    device: str = "cuda",
+) -> Batch:
+    """Random queries and pages in random order; page 0 belongs to nobody.
+
+    Logits are of about normal distribution times ``amplify``, plus ``shift``: one coordinate of
+    all queries, and one of all keys, is a constant.
+    """
+    generator = torch.Generator(device).manual_seed(7)
+    rows = sum(group.rows for group in path)
+    assert rows == sum(group.rows for group in contexts)
+    kv_lens = [group.kv_len for group in contexts] + [group.kv_len for group in path]
+    pages = 1 + sum(math.ceil(kv_len / shape.page_size) for kv_len in kv_lens)
+    free = 1 + torch.randperm(pages - 1, generator=generator, device=device).int()
+    first = make_level(contexts, shape.page_size, free)
+    levels = (first, make_level(path, shape.page_size, free[len(first.indices) :]))
+
+    q = torch.randn(rows, shape.num_qo_heads, shape.head_dim, generator=generator, device=device)
+    inner = (shape.page_size, shape.num_kv_heads)
+    inner = inner if shape.layout == "NHD" else inner[::-1]
+    cache = torch.randn(
+        pages, 2, *inner, shape.head_dim, generator=generator, device=device, dtype=shape.dtype
+    )
+    q *= amplify
+    if shift:
+        constant = math.sqrt(abs(shift) * math.sqrt(shape.head_dim))
+        q[..., 0] = constant
+        cache[:, 0, ..., 0] = math.copysign(constant, shift)
+    cache = cache.to(shape.kv_dtype or shape.dtype)
+    return Batch(shape, contexts, path, levels, q.to(shape.dtype), cache)
+
+
+def dense(
+    batch: Batch, level: int, group: int, scales: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (kv_len, num_kv_heads, head_dim) of a group, in fp32 and dequantised."""
+    _, kv_indptr, indices, last_page_len = batch.levels[level]
+    pages = indices[int(kv_indptr[group]) : int(kv_indptr[group + 1])].long()
+    size = batch.shape.page_size
+    kv_len = (len(pages) - 1) * size + int(last_page_len[group]) if len(pages) else 0
+    raw = batch.cache.view(torch.uint8) if batch.cache.element_size() == 1 else batch.cache
+    taken = raw[pages].view(batch.cache.dtype).float()
+    taken = taken if batch.shape.layout == "NHD" else taken.transpose(2, 3)
+    inner = (batch.shape.num_kv_heads, batch.shape.head_dim)
+    keys, values = (part.reshape(-1, *inner)[:kv_len] for part in taken.unbind(1))
+    return keys * scales[0], values * scales[1]
+
+
+##### The oracle
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> State:
+    """Softmax attention in fp32; query i of n sees the first ``len(k) - n + i + 1`` keys."""
+    n, heads, head_dim = q.shape
+    m, kv_heads, _ = k.shape
+    outs, lses = [], []
+    at_once = max(2**27 // (heads * m), 1)  # scores of half a gigabyte
+    for start in range(0, n, at_once):
+        part = q[start : start + at_once].float().view(-1, kv_heads, heads // kv_heads, head_dim)
+        scores = torch.einsum("nkgd,mkd->nkgm", part, k) * scale
+        if causal:
+            position = torch.arange(m - n + start, m - n + start + len(part), device=q.device)
+            hidden = torch.arange(m, device=q.device) > position[:, None]
+            scores.masked_fill_(hidden[:, None, None, :], -math.inf)
+        lses.append(scores.logsumexp(-1).reshape(-1, heads))
+        outs.append(torch.einsum("nkgm,mkd->nkgd", scores.softmax(-1), v).reshape_as(part))
+    return State(torch.cat(outs).view(n, heads, head_dim), torch.cat(lses))
+
+
+def expected_of(batch: Batch, k_scale: float = 1.0, v_scale: float = 1.0) -> State:
+    """Each row: its path, then weights softmax([S T L_contexts, L_path]) where it has contexts."""
+    sm_scale = 1 / math.sqrt(batch.shape.head_dim)
+    scales = (k_scale, v_scale)
+    paths = [
+        attend(batch.q[start:stop], *dense(batch, 1, i, scales), sm_scale, causal=True)
+        for i, (start, stop) in enumerate(pairwise(batch.levels[1].qo_indptr.tolist()))
+    ]
+    out, lse = (torch.cat(parts) for parts in zip(*paths, strict=True))
+    for i, (start, stop) in enumerate(pairwise(batch.levels[0].qo_indptr.tolist())):
+        group, rows = batch.contexts[i], slice(start, stop)
+        if group.kv_len == 0:
+            continue
+        k, v = dense(batch, 0, i, scales)
+        own = attend(batch.q[rows], k, v, sm_scale / group.temperature, causal=False)
+        logs = torch.stack([group.scale * group.temperature * own.lse, lse[rows]])
+        share = logs.softmax(0).unsqueeze(-1)
+        out[rows] = share[0] * own.out + share[1] * out[rows]
+        lse[rows] = logs.logsumexp(0)
+    return State(out, lse)
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the worst row."""
+    assert actual.shape == expected.shape
+    difference = (actual.float() - expected.float()).flatten(1).norm(dim=1)
+    worst = (difference / expected.float().flatten(1).norm(dim=1)).max().item()
+    return math.inf if math.isnan(worst) else worst
+
+
+def assert_equals(batch: Batch, actual: tuple[torch.Tensor, torch.Tensor], expected: State) -> None:
+    """``actual`` is an output and its base-2 log-sum-exp."""
+    out, lse = actual
+    assert (out.dtype, lse.dtype) == (batch.shape.dtype, torch.float32)
+    assert error(out, expected.out) <= TOLERANCE[out.dtype]
+    power = max(1.0, *(group.scale * group.temperature for group in batch.contexts))
+    worst = (lse - expected.lse * math.log2(math.e)).abs().max().item()
+    assert worst <= LSE_TOLERANCE[out.dtype] * power
+
+
+##### The wrapper
+
+
+@pytest.fixture(scope="module")
+def workspace() -> torch.Tensor:
+    return torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
+
+
+def plan(wrapper: ApeCascadeAttentionWrapper, batch: Batch, **changes: Any) -> None:
+    qo_indptr, kv_indptr, indices, last_page_len = zip(*batch.levels, strict=True)
+    arguments = dict(
+        qo_indptr_arr=qo_indptr,
+        paged_kv_indptr_arr=kv_indptr,
+        paged_kv_indices=indices,
+        paged_kv_last_page_len=last_page_len,
+        num_qo_heads=batch.shape.num_qo_heads,
+        num_kv_heads=batch.shape.num_kv_heads,
+        head_dim=batch.shape.head_dim,
+        page_size=batch.shape.page_size,
+        temperature=batch.temperature,
+        scale=batch.scale,
+        q_data_type=batch.shape.dtype,
+        kv_data_type=batch.shape.kv_dtype,
+    )
+    wrapper.plan(**{**arguments, **changes})
+
+
+def attention(
+    workspace: torch.Tensor, batch: Batch, **run_arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and base-2 log-sum-exp of a wrapper of its own, into a poisoned output."""
+    wrapper = ApeCascadeAttentionWrapper(workspace, batch.shape.layout)
+    plan(wrapper, batch)
+    out = torch.full_like(batch.q, math.nan)
+    return wrapper.run(batch.q, batch.cache, out=out, return_lse=True, **run_arguments)
+
+
+##### Batches that many tests use
+
+# Groups of the two levels need not begin at the same rows. Path lengths are those of a row and of
+# several tiles of the kernel; contexts among them are none, one, a page and a part, many.
+EXTEND = (
+    (
+        Contexts(1, 17, 0.1, 1.5),
+        Contexts(6, 4096, 0.5, 0.9),
+        Contexts(99, 1, 2.0, 1.0),
+        Contexts(36, 0, 0.3, 0.7),
+        Contexts(2, 300, 1.0, 0.0),
+        Contexts(12, 1000, 0.2, 1.0),
+    ),
+    (Path(1, 40), Path(5, 5), Path(130, 1000), Path(17, 64), Path(3, 3)),
+)
+
+# Every row is a request: one fused launch.
+DECODE = (
+    tuple(
+        Contexts(1, kv_len, temperature, scale)
+        for kv_len, temperature, scale in (
+            (0, 1.0, 1.0),
+            (1, 0.1, 0.5),
+            (17, 2.0, 1.5),
+            (4096, 0.5, 0.9),
+            (4096, 0.9, 0.0),
+            (0, 0.2, 0.3),
+            (333, 0.1, 1.0),
+            (64, 1.0, 1.0),
+            (1500, 1.5, 0.7),
+        )
+    ),
+    tuple(Path(1, kv_len) for kv_len in (1, 17, 300, 1, 2000, 33, 16, 48, 5)),
+)
+BATCHES = pytest.mark.parametrize("groups", [EXTEND, DECODE], ids=["extend", "decode"])
+KINDS = pytest.mark.parametrize(
+    ("dtype", "head_dim"), [BF16_64, BF16_128, FP16_64, FP16_128], ids=str
+)
+
+
+@BATCHES
+@KINDS
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
+def test_ragged_batches_of_many_temperatures_equal_the_formula(
+    workspace: torch.Tensor,
+    groups: tuple[Sequence[Contexts], Sequence[Path]],
+    dtype: torch.dtype,
+    head_dim: int,
+    page_size: int,
+    num_kv_heads: int,
+) -> None:
+    shape = Shape(dtype, head_dim, num_kv_heads=num_kv_heads, page_size=page_size)
+    batch = make_batch(shape, *groups)
+    assert_equals(batch, attention(workspace, batch), expected_of(batch))
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_contexts_of_131072_tokens_equal_the_formula(
+    workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, rows: int
+) -> None:
+    contexts = [Contexts(rows, 131_072, 0.5, 0.8), Contexts(1, 17, 0.9, 0.9)]
+    batch = make_batch(Shape(dtype, head_dim), contexts, [Path(rows, 500), Path(1, 1)])
+    assert_equals(batch, attention(workspace, batch), expected_of(batch))
+
+
+@pytest.mark.parametrize("shift", [-20.0, 20.0])
+@KINDS
+@pytest.mark.parametrize("rows", [1, 4])
+def test_log_sum_exps_of_both_signs_equal_the_formula(
+    workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, shift: float, rows: int
+) -> None:
+    settings = [(0.1, 0.5), (0.5, 1.0), (1.0, 1.0), (2.0, 0.6)]
+    contexts = [Contexts(rows, 50 + 9 * i, *setting) for i, setting in enumerate(settings)]
+    paths = [Path(rows, 30 + 7 * i) for i in range(len(settings))]
+    batch = make_batch(Shape(dtype, head_dim, page_size=16), contexts, paths, shift=shift)
+    expected = expected_of(batch)
+    assert bool((expected.lse * shift > 0).all())
+    assert_equals(batch, attention(workspace, batch), expected)
+
+
+@BATCHES
+@pytest.mark.parametrize("amplify", [0.1, 3.0])
+def test_flat_and_peaked_distributions_equal_the_formula(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]], amplify: float
+) -> None:
+    batch = make_batch(Shape(), *groups, amplify=amplify)
+    assert_equals(batch, attention(workspace, batch), expected_of(batch))
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_at_one_and_one_it_is_a_single_softmax_over_everything(
+    workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, rows: int
+) -> None:
+    contexts = [Contexts(rows, kv_len) for kv_len in (700, 0, 17, 1)]
+    paths = [Path(rows, kv_len) for kv_len in (40, 9, 5, 300)]
+    batch = make_batch(Shape(dtype, head_dim), contexts, paths)
+    whole = []
+    for i, (start, stop) in enumerate(pairwise(batch.levels[1].qo_indptr.tolist())):
+        both = zip(dense(batch, 0, i, (1, 1)), dense(batch, 1, i, (1, 1)), strict=True)
+        k, v = (torch.cat(pair) for pair in both)
+        whole.append(attend(batch.q[start:stop], k, v, head_dim**-0.5, causal=True))
+    expected = State(*(torch.cat(parts) for parts in zip(*whole, strict=True)))
+    assert_equals(batch, attention(workspace, batch), expected)
+
+
+def without_contexts(batch: Batch) -> Batch:
+    """The same rows, paths and pages; no group has contexts."""
+    contexts = [group._replace(kv_len=0) for group in batch.contexts]
+    nothing = torch.empty_like(batch.levels[0].indices[:0])
+    level = make_level(contexts, batch.shape.page_size, nothing)
+    return replace(batch, contexts=contexts, levels=(level, batch.levels[1]))
+
+
+@BATCHES
+def test_rows_without_contexts_are_not_touched_by_those_of_others(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+) -> None:
+    batch = make_batch(Shape(), *groups)
+    alone = without_contexts(batch)
+    out, lse = attention(workspace, batch)
+    path_out, path_lse = attention(workspace, alone)
+    assert_equals(alone, (path_out, path_lse), expected_of(alone))
+    lens = torch.tensor([group.rows for group in batch.contexts])
+    empty = torch.tensor([group.kv_len == 0 for group in batch.contexts]).repeat_interleave(lens)
+    if groups is EXTEND:  # the very same launch
+        assert torch.equal(out[empty], path_out[empty])
+        assert torch.equal(lse[empty], path_lse[empty])
+    else:  # its keys are split up in another way
+        assert error(out[empty], path_out[empty]) <= TOLERANCE[out.dtype]
+    assert error(out[~empty], path_out[~empty]) > 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_contexts_in_any_order_of_their_pages_are_the_same(
+    workspace: torch.Tensor, rows: int, page_size: int
+) -> None:
+    """A whole number of pages: the last one may stand anywhere."""
+    contexts = [Contexts(rows, 1600, 0.4, 0.9), Contexts(rows, 320, 0.8, 1.0)]
+    batch = make_batch(Shape(page_size=page_size), contexts, [Path(rows, 50), Path(rows, 20)])
+    first, path = batch.levels
+    cut = int(first.kv_indptr[1])
+    shuffled = [part[torch.randperm(len(part))] for part in first.indices.tensor_split([cut])]
+    permuted = replace(batch, levels=(first._replace(indices=torch.cat(shuffled)), path))
+    expected = expected_of(batch)
+    for each in (batch, permuted):
+        assert_equals(each, attention(workspace, each), expected)
+
+
+@BATCHES
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_both_layouts_and_a_pair_of_caches_equal_the_formula(
+    workspace: torch.Tensor,
+    groups: tuple[Sequence[Contexts], Sequence[Path]],
+    page_size: int,
+) -> None:
+    tokens_first = make_batch(Shape(page_size=page_size), *groups)
+    expected = expected_of(tokens_first)
+    heads_first = replace(
+        tokens_first,
+        shape=replace(tokens_first.shape, layout="HND"),
+        cache=tokens_first.cache.transpose(2, 3).contiguous(),
+    )
+    assert_equals(heads_first, attention(workspace, heads_first), expected)
+    keys, values = (cache.contiguous() for cache in tokens_first.cache.unbind(1))
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan(wrapper, tokens_first)
+    pair = wrapper.run(tokens_first.q, (keys, values), return_lse=True)
+    assert_equals(tokens_first, pair, expected)
+
+
+@BATCHES
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_float8_cache_with_scales_equals_the_formula(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]], head_dim: int
+) -> None:
+    shape = Shape(head_dim=head_dim, page_size=16, kv_dtype=torch.float8_e4m3fn)
+    batch = make_batch(shape, *groups)
+    scales = {"k_scale": 0.6, "v_scale": 2.5}
+    assert_equals(batch, attention(workspace, batch, **scales), expected_of(batch, **scales))
+
+
+@BATCHES
+def test_scales_of_a_cache_in_bf16_are_taken_too(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+) -> None:
+    batch = make_batch(Shape(), *groups)
+    scales = {"k_scale": 0.6, "v_scale": 2.5}
+    assert_equals(batch, attention(workspace, batch, **scales), expected_of(batch, **scales))
+
+
+@pytest.mark.parametrize("num_kv_heads", [8, 32])
+def test_requests_that_share_their_contexts_equal_each_with_its_own_list(
+    workspace: torch.Tensor, num_kv_heads: int
+) -> None:
+    """Once as one group of the contexts level over all rows, once as a group a row (fused)."""
+    rows = 48
+    shape = Shape(num_qo_heads=32, num_kv_heads=num_kv_heads, page_size=16)
+    paths = [Path(1, 1 + 13 * i) for i in range(rows)]
+    shared = make_batch(shape, [Contexts(rows, 2050, 0.6, 0.9)], paths)
+    first, path = shared.levels
+    pages = len(first.indices)
+    repeated = first._replace(
+        qo_indptr=indptr([1] * rows),
+        kv_indptr=indptr([pages] * rows),
+        indices=first.indices.repeat(rows),
+        last_page_len=first.last_page_len.repeat(rows),
+    )
+    apart = replace(shared, contexts=[Contexts(1, 2050, 0.6, 0.9)] * rows, levels=(repeated, path))
+    expected = expected_of(shared)
+    for batch in (shared, apart):
+        assert_equals(batch, attention(workspace, batch), expected)
+
+
+def test_groups_of_many_requests_share_contexts_in_prefill(workspace: torch.Tensor) -> None:
+    """Two sets of contexts over the rows of three and of four requests, and one without."""
+    paths = [Path(rows, rows + 20 * i) for i, rows in enumerate((7, 1, 30, 2, 2, 90, 16, 5))]
+    contexts = [Contexts(38, 900, 0.3, 1.1), Contexts(110, 2000, 0.9, 0.8), Contexts(5, 0)]
+    batch = make_batch(Shape(page_size=16), contexts, paths)
+    assert_equals(batch, attention(workspace, batch), expected_of(batch))
+
+
+@BATCHES
+def test_the_log_sum_exp_is_returned_on_demand_and_the_output_is_the_same(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+) -> None:
+    batch = make_batch(Shape(), *groups)
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan(wrapper, batch)
+    out, _ = wrapper.run(batch.q, batch.cache, return_lse=True)
+    given = torch.full_like(batch.q, math.nan)
+    assert wrapper.run(batch.q, batch.cache, out=given) is given
+    assert torch.equal(given, out)
+    assert torch.equal(wrapper.run(batch.q, batch.cache), out)
+
+
+@BATCHES
+def test_one_plan_serves_every_layer(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+) -> None:
+    first = make_batch(Shape(), *groups)
+    second = replace(first, q=first.q.flip(0).contiguous(), cache=-first.cache.flip(0).contiguous())
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan(wrapper, first)
+    for layer in (first, second):
+        actual = wrapper.run(layer.q, layer.cache, return_lse=True)
+        assert_equals(layer, actual, expected_of(layer))
+
+
+@BATCHES
+def test_a_softmax_scale_may_be_given_to_plan_or_to_run(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+) -> None:
+    """Half of the default is what queries of half the size give."""
+    batch = make_batch(Shape(), *groups)
+    expected = expected_of(replace(batch, q=batch.q / 2))
+    half = 0.5 / math.sqrt(batch.shape.head_dim)
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan(wrapper, batch, sm_scale=half)
+    assert_equals(batch, wrapper.run(batch.q, batch.cache, return_lse=True), expected)
+    assert_equals(batch, attention(workspace, batch, sm_scale=half), expected)
+
+
+@BATCHES
+def test_index_tensors_on_the_gpu_plan_the_same(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+) -> None:
+    batch = make_batch(Shape(page_size=16), *groups)
+    out, lse = attention(workspace, batch)
+    qo_indptr, kv_indptr, indices, last_page_len = zip(*batch.levels, strict=True)
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan(
+        wrapper,
+        batch,
+        qo_indptr_arr=[tensor.cuda() for tensor in qo_indptr],
+        paged_kv_indptr_arr=[tensor.cuda() for tensor in kv_indptr],
+        paged_kv_indices=torch.cat(indices),
+        paged_kv_last_page_len=[tensor.cuda() for tensor in last_page_len],
+        temperature=torch.tensor(batch.temperature, device="cuda"),
+        scale=torch.tensor(batch.scale, device="cuda"),
+    )
+    again, lse_again = wrapper.run(batch.q, batch.cache, return_lse=True)
+    assert torch.equal(again, out)
+    assert torch.equal(lse_again, lse)
+
+
+def test_one_wrapper_plans_batches_of_every_kind_in_turn(workspace: torch.Tensor) -> None:
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    for shape, groups in (
+        (Shape(), EXTEND),
+        (Shape(head_dim=64), DECODE),
+        (Shape(), DECODE),
+        (Shape(dtype=torch.float16, page_size=16), EXTEND),
+        (Shape(), EXTEND),
+        (Shape(num_kv_heads=8), DECODE),
+        (Shape(page_size=16), EXTEND),
+    ):
+        batch = make_batch(shape, *groups)
+        plan(wrapper, batch)
+        actual = wrapper.run(batch.q, batch.cache, return_lse=True)
+        assert_equals(batch, actual, expected_of(batch))
+
+
+##### CUDA graphs
+
+GRAPH_ROWS = 6
+MAX_PAGES = 20_000
+
+
+class Graph:
+    """A wrapper captured at the least lengths: no contexts, and the unused page 0 as every path."""
+
+    def __init__(self, workspace: torch.Tensor, shape: Shape, cache: torch.Tensor) -> None:
+        self.indices = torch.zeros(MAX_PAGES, dtype=torch.int32, device="cuda")
+        self.wrapper = ApeCascadeAttentionWrapper(
+            workspace,
+            shape.layout,
+            use_cuda_graph=True,
+            batch_size=GRAPH_ROWS,
+            paged_kv_indices_buffer=self.indices,
+        )
+        self.q = torch.zeros(
+            GRAPH_ROWS, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device="cuda"
+        )
+        path = [Path(1, 1)] * GRAPH_ROWS
+        contexts = [Contexts(1, 0)] * GRAPH_ROWS
+        page_0 = torch.zeros(GRAPH_ROWS, dtype=torch.int32, device="cuda")
+        levels = (
+            make_level(contexts, shape.page_size, page_0[:0]),
+            make_level(path, 1, page_0),
+        )
+        plan(self.wrapper, Batch(shape, contexts, path, levels, self.q, cache))
+        self.wrapper.run(self.q, cache, return_lse=True)  # compiles the merge
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out, self.lse = self.wrapper.run(self.q, cache, return_lse=True)
+
+    def replay(self, batch: Batch, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """With ``in_place``, page indices are written to the wrapper's buffer before ``plan``."""
+        indices = torch.cat([level.indices for level in batch.levels])
+        if in_place:
+            self.indices[: len(indices)] = indices
+            indices = self.indices[: len(indices)]
+        plan(self.wrapper, batch, paged_kv_indices=indices)
+        self.q.copy_(batch.q)
+        self.out.fill_(math.nan)
+        self.lse.fill_(math.nan)
+        self.graph.replay()
+        return self.out.clone(), self.lse.clone()
+
+
+GRAPH_SETTINGS: list[tuple[list[Contexts], list[int]]] = [
+    (
+        [
+            Contexts(1, 4096, 0.5, 0.9),
+            Contexts(1, 0),
+            Contexts(1, 17, 0.1, 1.5),
+            Contexts(1, 1, 2.0, 0.0),
+            Contexts(1, 1000, 0.9, 1.0),
+            Contexts(1, 0, 0.3, 0.3),
+        ],
+        [300, 17, 1, 2000, 64, 1],
+    ),
+    ([Contexts(1, 0)] * GRAPH_ROWS, [1] * GRAPH_ROWS),
+    ([Contexts(1, 40 * (i + 1), 0.2 * (i + 1), 1.0) for i in range(GRAPH_ROWS)], [9] * GRAPH_ROWS),
+    ([Contexts(1, 12_000, 0.4, 0.8)] + [Contexts(1, 0)] * (GRAPH_ROWS - 1), [500] * GRAPH_ROWS),
+]
+
+
+def pad(batch: Batch, rows: int) -> Batch:
+    """The last rows as a server pads them: no contexts, a path of one token in page 0."""
+    contexts, path = list(batch.contexts), list(batch.path)
+    contexts[-rows:], path[-rows:] = [Contexts(1, 0)] * rows, [Path(1, 1)] * rows
+    kept, page_size = len(path) - rows, batch.shape.page_size
+    first, second = batch.levels
+    page_0 = torch.zeros(rows, dtype=torch.int32, device=second.indices.device)
+    pages = (
+        first.indices[: int(first.kv_indptr[kept])],
+        torch.cat([second.indices[: int(second.kv_indptr[kept])], page_0]),
+    )
+    levels = (make_level(contexts, page_size, pages[0]), make_level(path, page_size, pages[1]))
+    return replace(batch, contexts=contexts, path=path, levels=levels)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
+def test_a_captured_run_follows_every_new_plan(
+    workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, in_place: bool, page_size: int
+) -> None:
+    shape = Shape(dtype, head_dim, page_size=page_size)
+    batches = [
+        make_batch(shape, contexts, [Path(1, kv_len) for kv_len in kv_lens])
+        for contexts, kv_lens in GRAPH_SETTINGS
+    ]
+    cache = max((batch.cache for batch in batches), key=len)  # a graph reads one cache
+    batches = [replace(batch, cache=cache) for batch in batches]
+    batches.append(pad(batches[0], rows=2))
+    graph = Graph(workspace, shape, cache)
+    for batch in (*batches, batches[0]):
+        replayed = graph.replay(batch, in_place)
+        assert_equals(batch, replayed, expected_of(batch))
+        eager, eager_lse = attention(workspace, batch)
+        assert error(replayed[0], eager) <= TOLERANCE[dtype]
+        torch.testing.assert_close(replayed[1], eager_lse, rtol=0, atol=LSE_TOLERANCE[dtype])
+
+
+##### Without a module of our own
+
+
+@pytest.fixture
+def stock_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cascade, "temperature_module", lambda key: None)
+
+
+@pytest.mark.usefixtures("stock_kernel")
+@pytest.mark.parametrize("temperature", [0.3, 1.7])
+def test_the_stock_kernel_is_exact_for_one_temperature_in_prefill(
+    workspace: torch.Tensor, temperature: float
+) -> None:
+    contexts, paths = EXTEND
+    uniform = [group._replace(temperature=temperature) for group in contexts]
+    batch = make_batch(Shape(), uniform, paths)
+    assert_equals(batch, attention(workspace, batch), expected_of(batch))
+
+
+@pytest.mark.usefixtures("stock_kernel")
+@BATCHES
+@pytest.mark.parametrize("scales", [{}, {"k_scale": 0.6, "v_scale": 2.5}], ids=["", "scales"])
+def test_the_stock_kernel_serves_many_temperatures_with_rounded_queries(
+    workspace: torch.Tensor,
+    groups: tuple[Sequence[Contexts], Sequence[Path]],
+    scales: dict[str, float],
+) -> None:
+    contexts, paths = groups
+    mixed = [group._replace(temperature=max(group.temperature, 0.3)) for group in contexts]
+    batch = make_batch(Shape(), mixed, paths)
+    out, _ = attention(workspace, batch, **scales)
+    assert error(out, expected_of(batch, **scales).out) <= QUERIES_IN_BF16
+
+
+@pytest.mark.usefixtures("stock_kernel")
+def test_the_stock_kernel_runs_in_a_graph(workspace: torch.Tensor) -> None:
+    contexts, kv_lens = GRAPH_SETTINGS[2]
+    batch = make_batch(Shape(), contexts, [Path(1, kv_len) for kv_len in kv_lens])
+    out, _ = Graph(workspace, batch.shape, batch.cache).replay(batch, in_place=True)
+    assert error(out, expected_of(batch).out) <= QUERIES_IN_BF16

@@ -1,0 +1,71 @@
+"""The Triton gather on a GPU against its torch reference."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from flashinfer_ext.gather import gather_kv_indices, gather_kv_indices_reference
+
+Segment = tuple[int, int, int]  # index of the row, first column, columns
+
+
+def assert_gathers(
+    page_table: torch.Tensor, rows: torch.Tensor, segments: Sequence[Segment]
+) -> None:
+    """Exactly the reference's slots, and nothing behind them."""
+    drawn = torch.tensor(segments, dtype=torch.int32, device="cuda").view(-1, 3)
+    row, start, length = drawn.T.contiguous()
+    indptr = torch.cat([length.new_zeros(1), length.cumsum(0, dtype=torch.int32)])
+    expected = gather_kv_indices_reference(page_table, rows, row, start, indptr)
+    out = torch.full((len(expected) + 1000,), -1, dtype=torch.int32, device="cuda")
+    longest = max((segment[2] for segment in segments), default=0)
+    gather_kv_indices(page_table, rows, row, start, indptr, longest, out)
+    assert torch.equal(out[: len(expected)], expected)
+    assert bool((out[len(expected) :] == -1).all())
+
+
+def random_table(lines: int, width: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(lines)
+    shape = (lines, width)
+    return torch.randint(1 << 30, shape, generator=generator, device="cuda", dtype=torch.int32)
+
+
+@pytest.mark.parametrize("rows_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seed", range(3))
+def test_ragged_segments_equal_the_reference(seed: int, rows_dtype: torch.dtype) -> None:
+    rng = random.Random(seed)
+    lines, width, batch = 40, 5000, 17
+    rows = torch.tensor(rng.sample(range(lines), batch), dtype=rows_dtype, device="cuda")
+    segments = []
+    for _ in range(rng.randrange(1, 300)):
+        start = rng.randrange(width)
+        length = rng.choice((0, 1, rng.randrange(20), rng.randrange(width))) % (width - start + 1)
+        segments.append((rng.randrange(batch), start, length))
+    assert_gathers(random_table(lines, width), rows, segments)
+
+
+def test_segments_beyond_one_stride_of_the_launch_equal_the_reference() -> None:
+    width = 200_001
+    segments = [(0, 3, 65_536), (1, 0, 65_537), (1, 7, 0), (1, 1, width - 1), (0, 5, 1)]
+    rows = torch.tensor([2, 0], device="cuda")
+    assert_gathers(random_table(3, width), rows, segments)
+
+
+@pytest.mark.parametrize("segments", [[], [(0, 4, 0), (1, 0, 0)]])
+def test_nothing_to_gather_writes_nothing(segments: list[Segment]) -> None:
+    rows = torch.tensor([1, 0], device="cuda")
+    assert_gathers(random_table(2, 10), rows, segments)
+
+
+def test_a_table_of_more_slots_than_int32_counts_is_read_at_the_right_place() -> None:
+    lines, width = 16_500, 131_072  # 8.7 GB, of which a few lines are ever touched
+    table = torch.empty(lines, width, dtype=torch.int32, device="cuda")
+    assert table.numel() > 2**31
+    touched = [0, 16_384, lines - 1]
+    for line in touched:
+        table[line] = torch.arange(width, dtype=torch.int32, device="cuda") + line
+    rows = torch.tensor(touched, dtype=torch.int32, device="cuda")
+    segments = [(2, 100, 70_000), (1, 0, 1000), (0, width - 5, 5), (2, width - 1, 1)]
+    assert_gathers(table, rows, segments)

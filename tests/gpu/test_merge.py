@@ -1,0 +1,158 @@
+"""The Triton merge on a GPU against its fp32 reference and against ``flashinfer.merge_state``."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from flashinfer_ext.merge import launch_merge, merge_state_scaled
+from flashinfer_ext.reference import merge_state_scaled as reference_merge
+
+EMPTY = (-math.inf, -5e4)  # what torch and what FlashInfer write
+
+# Of the norm, beside the fp32 reference of the same inputs. fp32: an exponent of base 2 of some
+# 400 has a rounding error of 2^-16. Rounding a correct result to fp16 adds at most 2^-11 = 4.9e-4;
+# to bf16 at most 2^-8 = 3.9e-3, which is why bf16 is also compared with the rounded reference,
+# from which only values at a tie of the rounding may differ.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 2**-8}
+TOLERANCE_OF_ROUNDED = 1e-3
+
+
+class Merge(NamedTuple):
+    v_a: torch.Tensor
+    s_a: torch.Tensor
+    v_b: torch.Tensor
+    s_b: torch.Tensor
+    exponents: torch.Tensor
+
+
+def random_merge(
+    rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0, spread: float = 10.0
+) -> Merge:
+    """Log-sum-exps of both signs; exponents from 0 to 15."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    v_a, v_b = randn(2, rows, heads, head_dim).to(dtype)
+    s_a, s_b = spread * randn(2, rows, heads)
+    exponents = 15 * torch.rand(rows, generator=generator, device="cuda") ** 3
+    return Merge(v_a, s_a, v_b, s_b, exponents)
+
+
+def with_empty_rows(merge: Merge) -> Merge:
+    """Rows 0 and 1 lack the second state, 2 and 3 the first, row 4 both; 5 lacks some heads."""
+    merge.s_b[0], merge.s_b[1] = EMPTY
+    merge.s_a[2], merge.s_a[3] = EMPTY
+    merge.s_a[4], merge.s_b[4] = EMPTY
+    merge.s_b[5, ::2] = -5e4
+    return merge
+
+
+def expected_of(merge: Merge, v_scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    v_a, v_b = merge.v_a.float(), merge.v_b.float()
+    out, lse = reference_merge(v_a, merge.s_a, v_b, merge.s_b, merge.exponents)
+    return out * v_scale, lse
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = actual.float() - expected.float()
+    return (difference.norm() / expected.float().norm()).item()
+
+
+def assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
+    assert error(out, expected) <= TOLERANCE[out.dtype]
+    assert error(out, expected.to(out.dtype)) <= TOLERANCE_OF_ROUNDED
+
+
+def assert_logs_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("heads", "head_dim"), [(32, 128), (28, 64), (5, 80)])
+def test_merged_states_equal_the_reference(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    merge = with_empty_rows(random_merge(1000, heads, head_dim, dtype))
+    out, lse = torch.full_like(merge.v_a, math.nan), torch.full_like(merge.s_a, math.nan)
+    launch_merge(*merge, out, lse)
+    expected, expected_lse = expected_of(merge)
+    assert_near(out, expected)
+    assert_logs_near(lse, expected_lse)
+    assert torch.equal(out[[0, 1, 4]], merge.v_a[[0, 1, 4]])
+
+
+@pytest.mark.parametrize("v_scale", [1.0, 0.25])
+@pytest.mark.parametrize("want_lse", [False, True])
+def test_merging_in_place_gives_the_same(want_lse: bool, v_scale: float) -> None:
+    merge = with_empty_rows(random_merge(1000, 32, 128, torch.bfloat16))
+    expected, expected_lse = expected_of(merge, v_scale)
+    launch_merge(*merge, merge.v_a, merge.s_a if want_lse else None, v_scale)
+    assert_near(merge.v_a, expected)
+    if want_lse:
+        assert_logs_near(merge.s_a, expected_lse)
+
+
+def test_the_states_may_be_halves_of_one_launch() -> None:
+    rows = 300
+    both = random_merge(2 * rows, 32, 128, torch.bfloat16)
+    halves = Merge(
+        both.v_a[rows:], both.s_a[rows:], both.v_a[:rows], both.s_a[:rows], both.exponents[:rows]
+    )
+    out = torch.full_like(halves.v_a, math.nan)
+    launch_merge(*halves, out, None)
+    assert_near(out, expected_of(halves)[0])
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.45, 1.0])
+def test_one_exponent_serves_all_rows(exponent: float) -> None:
+    merge = random_merge(100, 32, 128, torch.float16)
+    shared = merge._replace(exponents=torch.full((100,), exponent, device="cuda"))
+    expected, expected_lse = expected_of(shared)
+    states = shared[:4]
+    for form in (exponent, torch.tensor(exponent), shared.exponents):
+        out, lse = merge_state_scaled(*states, form)
+        assert_near(out, expected)
+        assert_logs_near(lse, expected_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "heads", "head_dim"), [(1, 32, 128), (2048, 32, 128)])
+def test_exponent_one_is_flashinfers_merge(
+    rows: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    import flashinfer
+
+    states = random_merge(rows, heads, head_dim, dtype, spread=2.0)[:4]
+    out, lse = merge_state_scaled(*states, 1.0)
+    expected, expected_lse = flashinfer.merge_state(*states)
+    # Both are rounded, each from its own fp32 result: they differ at ties alone.
+    assert error(out, expected) <= TOLERANCE_OF_ROUNDED
+    assert_logs_near(lse, expected_lse)
+
+
+def test_no_rows_give_no_rows() -> None:
+    merge = random_merge(0, 8, 64, torch.float16)
+    out, lse = merge_state_scaled(*merge)
+    assert (out.shape, lse.shape) == (merge.v_a.shape, merge.s_a.shape)
+
+
+def test_a_captured_merge_reads_its_inputs_at_each_replay() -> None:
+    static = random_merge(64, 32, 128, torch.bfloat16)
+    out, lse = torch.full_like(static.v_a, math.nan), torch.full_like(static.s_a, math.nan)
+    launch_merge(*static, out, lse)  # compiles, which a capture may not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch_merge(*static, out, lse)
+    for seed in (1, 2):
+        fresh = with_empty_rows(random_merge(64, 32, 128, torch.bfloat16, seed))
+        for kept, new in zip(static, fresh, strict=True):
+            kept.copy_(new)
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        graph.replay()
+        expected, expected_lse = expected_of(fresh)
+        assert_near(out, expected)
+        assert_logs_near(lse, expected_lse)

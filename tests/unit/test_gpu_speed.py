@@ -1,0 +1,265 @@
+"""The speed benchmark's own arithmetic: operation counts, decode steps, ratios, tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_speed.__main__ import parse
+from benchmarks.gpu_speed.client import Client
+from benchmarks.gpu_speed.record import Record, read_records
+from benchmarks.gpu_speed.report import (
+    COST,
+    EXTRA,
+    GAIN,
+    Figure,
+    Value,
+    compare,
+    figures,
+    floor_rows,
+    report,
+    show_value,
+    value_of,
+)
+from benchmarks.gpu_speed.run import engine_arguments
+from benchmarks.gpu_speed.scale import FULL, TINY_SCALE
+from benchmarks.gpu_speed.shape import (
+    LLAMA_8B,
+    TINY,
+    attention_operations,
+    causal_pairs,
+    decode_bytes,
+    gemm_operations,
+    parallel_operations,
+    sequential_operations,
+    write_config,
+)
+from benchmarks.gpu_speed.texts import Documents, Prompt, Texts
+from benchmarks.gpu_speed.timing import (
+    Stream,
+    all_intervals,
+    common_decode_intervals,
+    span,
+    summarise,
+)
+
+
+def test_the_shape_has_the_weights_and_kv_of_llama_8b() -> None:
+    matrices = LLAMA_8B.layers * LLAMA_8B.layer_weights + 2 * LLAMA_8B.vocab * LLAMA_8B.hidden
+    norms = (2 * LLAMA_8B.layers + 1) * LLAMA_8B.hidden
+    assert matrices + norms == 8_030_261_248  # parameters of meta-llama/Llama-3.1-8B
+    assert LLAMA_8B.kv_bytes == 128 * 1024
+
+
+def test_causal_pairs_equal_counting_a_mask() -> None:
+    for new, past in ((1, 0), (5, 0), (3, 7), (0, 4)):
+        counted = sum(past + row + 1 for row in range(new))
+        assert causal_pairs(new, past) == counted
+
+
+def test_a_prefill_in_two_parts_has_the_attention_of_one() -> None:
+    assert causal_pairs(10) + causal_pairs(6, past=10) == causal_pairs(16)
+
+
+def test_operations_of_one_token_are_two_a_weight_and_four_a_head_dimension() -> None:
+    weights = TINY.layers * TINY.layer_weights + TINY.vocab * TINY.hidden
+    assert gemm_operations(TINY, 1) == 2 * weights
+    assert attention_operations(TINY, 1) == TINY.layers * TINY.heads * 4 * TINY.head_dim
+    alone = gemm_operations(TINY, 1) + attention_operations(TINY, 9)
+    assert sequential_operations(TINY, 1, cached=8) == alone
+
+
+def test_one_context_costs_what_a_sequence_costs() -> None:
+    sequence = sequential_operations(TINY, 8 + 100 + 16)
+    assert parallel_operations(TINY, 8, 1, 100, 16) == sequence
+
+
+def test_parallel_contexts_save_the_pairs_between_them() -> None:
+    sequence = sequential_operations(TINY, 8 + 3 * 10 + 5)
+    between = attention_operations(TINY, 3 * 10 * 10)
+    assert sequence - parallel_operations(TINY, 8, 3, 10, 5) == between
+
+
+def test_a_decode_step_reads_shared_kv_once() -> None:
+    alone = decode_bytes(TINY, 1, shared=1000, own=10)
+    assert decode_bytes(TINY, 5, shared=1000, own=10) - alone == 4 * 10 * TINY.kv_bytes
+
+
+def test_config_names_the_shape(tmp_path: Path) -> None:
+    write_config(LLAMA_8B, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+    assert config["max_position_embeddings"] >= FULL.window
+
+
+@pytest.mark.parametrize("scale", [FULL, TINY_SCALE], ids=lambda scale: scale.name)
+def test_every_prompt_of_a_scale_fits_its_window(scale: Any) -> None:
+    tokens = 2 * scale.decode_tokens  # a batch that hardly overlaps is sent again
+    assert scale.prefix + scale.longest + scale.query + tokens < scale.window
+    assert scale.prefix + scale.e2e_length + scale.e2e_query + scale.e2e_tokens < scale.window
+    lengths = [*scale.ttft, *scale.cold, scale.e2e_length, *(length for length, _ in scale.decode)]
+    assert all(length % scale.context == 0 for length in lengths)
+    assert max(scale.e2e_batches) <= scale.e2e_length // scale.context
+
+
+def test_few_samples_show_their_extremes_and_many_their_deciles() -> None:
+    assert summarise([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0, 3)
+    many = summarise([float(i) for i in range(101)])
+    assert many == (50.0, pytest.approx(10.0), pytest.approx(90.0), 101)
+
+
+def _stream(sent: float, *arrivals: tuple[float, int]) -> Stream:
+    return Stream(sent, list(arrivals), 0)
+
+
+def test_a_chunk_of_several_tokens_counts_as_several_steps() -> None:
+    stream = _stream(0, (1.0, 1), (2.0, 2), (5.0, 5))
+    assert all_intervals([stream]) == [1.0] * 4
+
+
+def test_only_the_time_when_all_requests_decode_counts() -> None:
+    early = _stream(0, (1.0, 1), (9.0, 2), (10.0, 3), (11.0, 4))
+    late = _stream(0, (9.0, 1), (10.5, 2), (12.0, 3))
+    assert common_decode_intervals([early, late]) == [1.0, 1.0, 1.5]
+    assert span([early, late]) == 12.0
+
+
+def test_requests_that_never_overlap_have_no_common_steps() -> None:
+    first, second = _stream(0, (1.0, 1), (2.0, 2)), _stream(0, (3.0, 1), (4.0, 2))
+    assert common_decode_intervals([first, second]) == []
+
+
+def test_orders_of_a_batch_begin_with_different_contexts() -> None:
+    texts = Texts(vocab=1000, seed=1)
+    documents = texts.documents(4, 6, 3)
+    orders = texts.different_orders(documents, 6)
+    assert len({tuple(order.contexts[0]) for order in orders}) == 6
+    for order in [*orders, texts.shuffled(documents)]:
+        assert order.prefix == documents.prefix
+        assert sorted(order.contexts) == sorted(documents.contexts)
+
+
+def test_contexts_go_out_as_contexts_or_as_one_sequence() -> None:
+    prompt = Prompt(Documents([1], [[2, 3], [4]]), [5])
+    assert Client(None, parallel=False)._call(prompt, 1)["input_ids"] == [1, 2, 3, 4, 5]
+    call = Client(None, parallel=True)._call(prompt, 1)
+    assert (call["prefix_ids"], call["input_ids"]) == ([1], [5])
+    assert call["contexts"] == [{"input_ids": [2, 3]}, {"input_ids": [4]}]
+    assert "contexts" not in Client(None, parallel=True)._call(Prompt(Documents([], []), [5]), 1)
+
+
+def test_engines_differ_in_nothing_but_attention_and_ape() -> None:
+    ape, flashinfer, fa3 = (
+        engine_arguments(name, FULL, "model", 0, {}) for name in ("ape", "flashinfer", "fa3")
+    )
+    assert fa3 == flashinfer | {"attention_backend": "fa3"}
+    assert {name: value for name, value in ape.items() if "ape" not in name} == flashinfer
+    assert engine_arguments("ape", FULL, "model", 0, {"dtype": "half"})["dtype"] == "half"
+
+
+def _value(number: float) -> Value:
+    return Value(number, summarise([number]))
+
+
+@pytest.mark.parametrize(
+    ("comparison", "ape", "stock", "target", "shown"),
+    [
+        (COST, 1.15, 1.0, 1.15, "1.150 (≤ 1.15: met)"),
+        (COST, 1.2, 1.0, 1.15, "1.200 (≤ 1.15: **missed**)"),
+        (GAIN, 1.0, 150.0, 150.0, "150.00 times as fast (≥ 150: met)"),
+        (GAIN, 1.0, 149.0, 150.0, "149.00 times as fast (≥ 150: **missed**)"),
+        (EXTRA, 70.0, 62.0, 10.0, "+8.0 s (≤ 10: met)"),
+        (EXTRA, 75.0, 62.0, 10.0, "+13.0 s (≤ 10: **missed**)"),
+    ],
+)
+def test_targets_are_met_up_to_and_with_their_limit(
+    comparison: Any, ape: float, stock: float, target: float, shown: str
+) -> None:
+    figure = Figure("", "a", "b", "s", comparison, {"flashinfer": target})
+    assert compare(figure, _value(ape), _value(stock), "flashinfer") == shown
+    assert "(" not in compare(figure, _value(ape), _value(stock), "fa3")
+    assert compare(figure, None, _value(stock), "flashinfer") == "-"
+
+
+def test_a_batch_left_out_is_estimated_and_says_so() -> None:
+    samples = {"e2e/1": [18.0], "e2e/1/ttft": [15.0]}
+    value = value_of({"engine": "fa3", "samples": samples}, "e2e/4")
+    assert value == Value(4 * 15.0 + 3.0, None)
+    assert show_value(value, "s") == "63 s (estimate)"
+    assert value_of({"engine": "ape", "samples": samples}, "e2e/4") is None
+    measured = {"engine": "fa3", "samples": samples | {"e2e/4": [70.0]}}
+    assert show_value(value_of(measured, "e2e/4"), "s") == "70 s"
+
+
+def test_memory_is_the_largest_reading() -> None:
+    value = value_of({"samples": {"memory": [1e9, 3e9, 2e9]}}, "memory")
+    assert value is not None and value.number == 3e9
+
+
+def test_values_are_shown_with_their_spread() -> None:
+    assert show_value(value_of({"samples": {"x": [0.01, 0.03, 0.02]}}, "x"), "ms") == (
+        "20 ms (10–30)"  # noqa: RUF001
+    )
+    assert show_value(None, "ms") == "-"
+
+
+def _record(tmp_path: Path, engine: str, samples: dict[str, list[float]]) -> Path:
+    facts = {
+        "engine": engine,
+        "scale": "full",
+        "command": ["run"],
+        "machine": {"gpu": "H100", "packages": {"sglang": "0.5.17"}, "commit": None},
+    }
+    path = tmp_path / f"{engine}-{len(list(tmp_path.iterdir()))}.json"
+    record = Record(path, facts)
+    for figure, values in samples.items():
+        record.add(figure, values)
+    return path
+
+
+def test_a_report_names_every_figure_and_leaves_dashes_where_nothing_was_measured(
+    tmp_path: Path,
+) -> None:
+    ape = _record(tmp_path, "ape", {"ttft/131072": [0.08]})
+    fa3 = _record(tmp_path, "fa3", {"cold/131072": [10.4]})
+    text = report(read_records([ape, fa3]))
+    for title, rows in figures(FULL).items():
+        assert title in text
+        assert all(row.title in text for row in rows)
+    assert "130.00 times as fast (≥ 130: met)" in text
+    assert "### Floors" not in text
+    assert text.count("stopped before its end") == 2
+
+
+def test_files_of_one_engine_are_joined(tmp_path: Path) -> None:
+    paths = [_record(tmp_path, "ape", {"ttft/2048": [value]}) for value in (1.0, 3.0)]
+    assert read_records(paths)["ape"]["samples"] == {"ttft/2048": [1.0, 3.0]}
+
+
+def test_floors_are_the_work_over_the_measured_rate(tmp_path: Path) -> None:
+    work = sequential_operations(LLAMA_8B, 256, cached=64 + 131072)
+    samples = {"floor/matmul": [7e14], "ttft/131072": [2 * work / 7e14]}
+    records = read_records([_record(tmp_path, "ape", samples)])
+    (row,) = floor_rows(records, FULL)
+    assert row[1] == "ape" and row[-1] == "50%"
+
+
+def test_a_record_keeps_what_was_added_before_a_failure(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    record = Record(path, {"engine": "ape"})
+    record.add("x", [0.123456789])
+    record.fail("cold", "trace\nValueError: no")
+    read = json.loads(path.read_text())
+    assert read["samples"] == {"x": [0.123457]}
+    assert read["errors"]["cold"].endswith("ValueError: no")
+
+
+def test_settings_are_read_as_json_or_text() -> None:
+    run = ["run", "--engine", "ape", "--json", "x", "--only", "ttft,cold"]
+    given = parse([*run, "--set", "a=1", "--set", "b=disabled", "--set", "c=true"])
+    assert dict(given.set) == {"a": 1, "b": "disabled", "c": True}
+    assert given.only == ("ttft", "cold")
+    for wrong in (["--set", "a"], ["--only", "nothing"]):
+        with pytest.raises(SystemExit):
+            parse([*run, *wrong])

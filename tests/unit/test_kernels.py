@@ -1,0 +1,386 @@
+"""The Triton kernels, run on the CPU by Triton's interpreter, against their torch references; and
+what the functions around them refuse.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashinfer_ext import cascade
+from flashinfer_ext.merge import merge_state_scaled
+from flashinfer_ext.reference import merge_state_scaled as reference_merge
+from tests.support.oracle import one_thread
+
+# numpy, which the interpreter computes with, warns of the infinities of empty states.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
+EMPTY = (-math.inf, -5e4)  # what torch and what FlashInfer write
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one ulp
+fast = settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def interpreted(name: str) -> ModuleType:
+    """A private copy of a module, whose kernels are made while the interpreter is on."""
+    found = importlib.util.find_spec(f"flashinfer_ext.{name}")
+    assert found is not None and found.origin is not None
+    spec = importlib.util.spec_from_file_location(f"interpreted_{name}", found.origin)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[SimpleNamespace]:
+    with (
+        triton.knobs.runtime.scope(),
+        pytest.MonkeyPatch.context() as patch,
+        one_thread(),
+    ):
+        triton.knobs.runtime.interpret = True
+        # tl.min was compiled at import, before the knob was on; tl.reduce the interpreter replaces.
+        patch.setattr(tl, "min", lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_min))
+        yield SimpleNamespace(merge=interpreted("merge"), gather=interpreted("gather"))
+
+
+class Merge(NamedTuple):
+    v_a: torch.Tensor
+    s_a: torch.Tensor
+    v_b: torch.Tensor
+    s_b: torch.Tensor
+    exponents: torch.Tensor
+
+
+def expected_of(merge: Merge, v_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference in fp32."""
+    v_a, v_b = merge.v_a.float(), merge.v_b.float()
+    out, lse = reference_merge(v_a, merge.s_a, v_b, merge.s_b, merge.exponents)
+    return out * v_scale, lse
+
+
+def assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = ROUNDING[out.dtype]
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance / 8)
+
+
+def random_merge(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0) -> Merge:
+    """The states are halves of one tensor, contexts (b) first, as the cascade makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(2 * rows, heads, head_dim, generator=generator).to(dtype)
+    s = 12 * torch.randn(2 * rows, heads, generator=generator)
+    exponents = 1.5 * torch.rand(rows, generator=generator)
+    return Merge(v[rows:], s[rows:], v[:rows], s[:rows], exponents)
+
+
+@st.composite
+def merges(draw: st.DrawFn) -> Merge:
+    """Small states of any sign, empty ones among them."""
+    rows, heads = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 5, 8]))
+    logs = st.one_of(st.floats(-60, 60, width=32), st.sampled_from(EMPTY))
+    drawn = draw(st.lists(logs, min_size=2 * rows * heads, max_size=2 * rows * heads))
+    exponents = draw(st.lists(st.floats(0, 15, width=32), min_size=rows, max_size=rows))
+    merge = random_merge(rows, heads, draw(st.sampled_from([64, 80, 128])), torch.float32)
+    s_b, s_a = torch.tensor(drawn).view(2, rows, heads)
+    return merge._replace(s_a=s_a, s_b=s_b, exponents=torch.tensor(exponents))
+
+
+@fast
+@given(merge=merges(), v_scale=st.sampled_from([1.0, 0.25, 3.0]), want_lse=st.booleans())
+def test_the_merge_kernel_equals_the_reference(
+    kernels: SimpleNamespace, merge: Merge, v_scale: float, want_lse: bool
+) -> None:
+    expected, expected_lse = expected_of(merge, v_scale)
+    out = torch.full_like(merge.v_a, math.nan)
+    lse = torch.full_like(merge.s_a, math.nan) if want_lse else None
+    kernels.merge.launch_merge(*merge, out, lse, v_scale)
+    assert_near(out, expected)
+    if lse is not None:
+        assert_near(lse, expected_lse)
+
+
+@fast
+@given(merge=merges(), v_scale=st.sampled_from([1.0, 0.25]), want_lse=st.booleans())
+def test_merging_in_place_gives_the_same(
+    kernels: SimpleNamespace, merge: Merge, v_scale: float, want_lse: bool
+) -> None:
+    expected, expected_lse = expected_of(merge, v_scale)
+    kernels.merge.launch_merge(*merge, merge.v_a, merge.s_a if want_lse else None, v_scale)
+    assert_near(merge.v_a, expected)
+    if want_lse:
+        assert_near(merge.s_a, expected_lse)
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("want_lse", [False, True])
+def test_rows_without_a_second_state_keep_every_bit_of_the_first(
+    kernels: SimpleNamespace, in_place: bool, want_lse: bool, empty: float
+) -> None:
+    merge = random_merge(rows=3, heads=6, head_dim=64, dtype=torch.bfloat16)
+    merge.s_b[1] = empty
+    v_a, s_a = merge.v_a[1].clone(), merge.s_a[1].clone()
+    out = merge.v_a if in_place else torch.full_like(merge.v_a, math.nan)
+    lse = torch.full_like(merge.s_a, math.nan) if want_lse else None
+    kernels.merge.launch_merge(*merge, out, lse)
+    assert torch.equal(out[1], v_a)
+    if lse is not None:
+        assert torch.equal(lse[1], s_a)
+
+
+@pytest.mark.parametrize("empty_a", EMPTY)
+@pytest.mark.parametrize("empty_b", EMPTY)
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 15.0])
+def test_two_empty_states_stay_empty(
+    kernels: SimpleNamespace, empty_a: float, empty_b: float, exponent: float
+) -> None:
+    v, s_a = torch.zeros(2, 3, 64), torch.full((2, 3), empty_a)
+    merge = Merge(v, s_a, v, torch.full((2, 3), empty_b), torch.full((2,), exponent))
+    out, lse = torch.full_like(v, math.nan), torch.full_like(s_a, math.nan)
+    kernels.merge.launch_merge(*merge, out, lse)
+    assert torch.equal(out, v)
+    assert torch.equal(lse, s_a)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("heads", [7, 28, 40])
+def test_heads_beyond_one_block_and_every_dtype(
+    kernels: SimpleNamespace, heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    merge = random_merge(2, heads, head_dim, dtype)
+    out, lse = torch.full_like(merge.v_a, math.nan), torch.full_like(merge.s_a, math.nan)
+    kernels.merge.launch_merge(*merge, out, lse)
+    expected, expected_lse = expected_of(merge, v_scale=1.0)
+    assert_near(out, expected)
+    assert_near(lse, expected_lse)
+
+
+def test_rows_may_stand_apart_and_share_one_exponent(kernels: SimpleNamespace) -> None:
+    merge = random_merge(rows=3, heads=5, head_dim=64, dtype=torch.float32)
+    v = torch.stack([merge.v_a, merge.v_b], dim=1)
+    s = torch.stack([merge.s_a, merge.s_b], dim=1)
+    apart = Merge(v[:, 0], s[:, 0], v[:, 1], s[:, 1], torch.tensor(0.7).expand(3))
+    expected, expected_lse = expected_of(apart, v_scale=1.0)
+    out = torch.full((3, 2, 5, 64), math.nan)
+    kernels.merge.launch_merge(*apart, out[:, 1], apart.s_a)
+    assert_near(out[:, 1], expected)
+    assert_near(s[:, 0], expected_lse)
+    assert out[:, 0].isnan().all()
+    assert torch.equal(s[:, 1], merge.s_b)
+
+
+def test_the_log_may_have_another_row_stride_than_the_states(kernels: SimpleNamespace) -> None:
+    merge = random_merge(rows=3, heads=5, head_dim=64, dtype=torch.float32)
+    apart = merge._replace(s_a=torch.stack([merge.s_a, merge.s_a], dim=1)[:, 0])
+    lse = torch.full((9, 5), math.nan)
+    kernels.merge.launch_merge(*apart, torch.empty_like(merge.v_a), lse[:3])
+    assert_near(lse[:3], expected_of(merge, v_scale=1.0)[1])
+    assert lse[3:].isnan().all()
+
+
+def test_no_rows_need_no_launch(kernels: SimpleNamespace) -> None:
+    merge = random_merge(rows=0, heads=4, head_dim=64, dtype=torch.float32)
+    kernels.merge.launch_merge(*merge, merge.v_a, None)
+
+
+class Gather(NamedTuple):
+    page_table: torch.Tensor
+    rows: torch.Tensor
+    segment_row: torch.Tensor
+    segment_start: torch.Tensor
+    segment_indptr: torch.Tensor
+
+
+def gather_of(lines: int, width: int, segments: list[tuple[int, int, int]]) -> Gather:
+    """Segments are (row, start, length); the rows are the table's lines from the last one down."""
+    row, start, length = torch.tensor(segments, dtype=torch.int32).view(-1, 3).T.contiguous()
+    return Gather(
+        torch.arange(lines * width, dtype=torch.int32).view(lines, width),
+        torch.arange(lines - 1, -1, -1),
+        row,
+        start,
+        torch.cat([length.new_zeros(1), length.cumsum(0, dtype=torch.int32)]),
+    )
+
+
+@st.composite
+def gathers(draw: st.DrawFn) -> Gather:
+    lines, width = draw(st.integers(1, 4)), draw(st.integers(1, 90))
+    segments = []
+    for _ in range(draw(st.integers(0, 6))):
+        line, start = draw(st.integers(0, lines - 1)), draw(st.integers(0, width))
+        segments.append((line, start, draw(st.integers(0, width - start))))
+    return gather_of(lines, width, segments)
+
+
+def assert_gathers(kernels: SimpleNamespace, gather: Gather) -> None:
+    """Exactly the reference's slots, and nothing behind them."""
+    lens = gather.segment_indptr.diff().tolist()
+    out = torch.full((sum(lens) + 3,), -1, dtype=torch.int32)
+    kernels.gather.gather_kv_indices(*gather, longest=max(lens, default=0), out=out)
+    assert torch.equal(out[:-3], kernels.gather.gather_kv_indices_reference(*gather))
+    assert torch.equal(out[-3:], torch.full((3,), -1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("block", "programs"), [(1024, 64), (8, 2)])
+def test_the_gather_kernel_equals_the_reference(
+    kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, block: int, programs: int
+) -> None:
+    """Small blocks and few programs make every program loop."""
+    monkeypatch.setattr(kernels.gather, "_BLOCK", block)
+    monkeypatch.setattr(kernels.gather, "_MAX_PROGRAMS_PER_SEGMENT", programs)
+
+    @fast
+    @given(gather=gathers())
+    def check(gather: Gather) -> None:
+        assert_gathers(kernels, gather)
+
+    check()
+
+
+def test_segments_longer_than_one_launch_covers_at_once(kernels: SimpleNamespace) -> None:
+    width = 64 * 1024 + 2100
+    segments = [(0, 5, 64 * 1024 + 1040), (1, 0, 0), (1, 9, 1), (0, 0, width)]
+    assert_gathers(kernels, gather_of(2, width, segments))
+
+
+def test_rows_may_be_of_any_integer_type(kernels: SimpleNamespace) -> None:
+    gather = gather_of(3, 20, [(2, 3, 9), (0, 0, 20)])
+    for dtype in (torch.int32, torch.int64):
+        assert_gathers(kernels, gather._replace(rows=gather.rows.to(dtype)))
+
+
+def test_the_reference_of_no_segments_is_empty(kernels: SimpleNamespace) -> None:
+    gathered = kernels.gather.gather_kv_indices_reference(*gather_of(2, 4, []))
+    assert (gathered.shape, gathered.dtype) == ((0,), torch.int32)
+
+
+def test_without_a_gpu_the_merge_is_the_reference() -> None:
+    merge = random_merge(rows=4, heads=6, head_dim=64, dtype=torch.float32)
+    for got, wanted in zip(merge_state_scaled(*merge), reference_merge(*merge), strict=True):
+        assert torch.equal(got, wanted)
+
+
+GOOD = random_merge(rows=4, heads=6, head_dim=64, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"v_a": GOOD.v_a[0]}, "v_a"),
+        ({"v_b": GOOD.v_b[:3]}, "v_b"),
+        ({"v_b": GOOD.v_b.half()}, "v_b"),
+        ({"s_a": GOOD.s_a[:, :5]}, "s_a"),
+        ({"s_b": GOOD.s_b[:3]}, "s_b"),
+        ({"s_a": GOOD.s_a.double()}, "s_a"),
+        ({"s_b": GOOD.s_b.half()}, "s_b"),
+        ({"exponents": torch.ones(3)}, "exponent_b"),
+    ],
+)
+def test_a_merge_of_states_that_do_not_fit_names_the_argument(
+    changes: dict[str, torch.Tensor], name: str
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        merge_state_scaled(*GOOD._replace(**changes))
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+GOOD_PLAN: dict[str, Any] = dict(
+    qo_indptr_arr=[int32(0, 3, 5), int32(0, 2, 5)],
+    paged_kv_indptr_arr=[int32(0, 4, 4), int32(0, 1, 2)],
+    paged_kv_indices=int32(0, 1, 2, 3, 4, 5),
+    paged_kv_last_page_len=[int32(1, 1), int32(1, 1)],
+    num_qo_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    page_size=16,
+    temperature=1.0,
+    scale=1.0,
+)
+
+
+@pytest.fixture
+def wrapper(monkeypatch: pytest.MonkeyPatch) -> cascade.ApeCascadeAttentionWrapper:
+    monkeypatch.setattr(cascade, "temperature_module", lambda key: None)
+    return cascade.ApeCascadeAttentionWrapper(torch.empty(16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qo_indptr_arr": [int32(0, 5)]}, "two levels"),
+        ({"qo_indptr_arr": [int32(0, 5), int32(0, 2, 5)]}, "contexts: .* 1, 2 and 2 groups"),
+        ({"paged_kv_last_page_len": [int32(1, 1), int32(1)]}, "path: .* 2, 2 and 1 groups"),
+        ({"qo_indptr_arr": [int32(0, 3, 5), int32(0, 6, 5)]}, "path: an indptr does not"),
+        ({"paged_kv_indptr_arr": [int32(0, 4, 3), int32(0, 1, 2)]}, "contexts: an indptr does not"),
+        ({"qo_indptr_arr": [int32(0, 3, 6), int32(0, 2, 5)]}, "cover 6 and 5 rows"),
+        ({"paged_kv_indices": int32(0, 1)}, "paged_kv_indices holds 2 of"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": [0.5, -1.0]}, "temperature"),
+        ({"temperature": [0.5, math.nan]}, "temperature"),
+        ({"scale": torch.tensor([0.5, -0.1])}, "scale"),
+        ({"temperature": [0.5, 0.5, 0.5]}, "temperature"),
+        ({"scale": [0.5, 0.5, 0.5]}, "scale"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_is_wrong(
+    wrapper: cascade.ApeCascadeAttentionWrapper, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrapper.plan(**{**GOOD_PLAN, **changes})
+
+
+def test_a_run_without_a_plan_is_refused(wrapper: cascade.ApeCascadeAttentionWrapper) -> None:
+    with pytest.raises(RuntimeError, match="plan"):
+        wrapper.run(torch.empty(5, 4, 64), torch.empty(6, 2, 16, 2, 64))
+
+
+def test_a_graph_wrapper_names_the_buffers_that_it_needs() -> None:
+    workspace = torch.empty(16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="paged_kv_indices_buffer"):
+        cascade.ApeCascadeAttentionWrapper(workspace, use_cuda_graph=True, batch_size=4)
+    with pytest.raises(ValueError, match="batch_size"):
+        cascade.ApeCascadeAttentionWrapper(
+            workspace, use_cuda_graph=True, paged_kv_indices_buffer=int32(0)
+        )
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_graph_takes_exactly_its_rows_with_a_request_each(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(cascade, "temperature_module", lambda key: None)
+    wrapper = cascade.ApeCascadeAttentionWrapper(
+        torch.empty(16, dtype=torch.uint8),
+        use_cuda_graph=True,
+        batch_size=3,
+        paged_kv_indices_buffer=torch.zeros(64, dtype=torch.int32),
+    )
+    with pytest.raises(ValueError, match="3 rows"):
+        wrapper.plan(**GOOD_PLAN)
+    one_each = torch.arange(rows + 1, dtype=torch.int32)
+    changes = {
+        "qo_indptr_arr": [one_each] * 2,
+        "paged_kv_indptr_arr": [one_each] * 2,
+        "paged_kv_indices": torch.zeros(2 * rows, dtype=torch.int32),
+        "paged_kv_last_page_len": [torch.ones(rows, dtype=torch.int32)] * 2,
+    }
+    with pytest.raises(ValueError, match="3 rows"):
+        wrapper.plan(**{**GOOD_PLAN, **changes})
