@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +18,8 @@ from flashinfer_ext.merge import launch_merge
 logger = logging.getLogger(__name__)
 
 CONTEXTS, PATH = 0, 1
+MAX_FUSED_ROWS = 2
+CONCURRENT_LEVELS = True
 Floats: TypeAlias = torch.Tensor | Sequence[float] | float
 
 
@@ -59,7 +62,7 @@ class ApeCascadeAttentionWrapper:
         self._device = float_workspace_buffer.device
         self._layout = kv_layout
         self._graph = (
-            _GraphBuffers(batch_size, paged_kv_indices_buffer, self._device)
+            _GraphBuffers(batch_size, paged_kv_indices_buffer)
             if batch_size is not None and paged_kv_indices_buffer is not None
             else None
         )
@@ -67,6 +70,7 @@ class ApeCascadeAttentionWrapper:
         self._module: Any = None  # None: FlashInfer's stock kernel
         self._fused: BatchPrefillWithPagedKVCacheWrapper | None = None
         self._levels: list[BatchPrefillWithPagedKVCacheWrapper] = []
+        self._side: torch.cuda.Stream | None = None
 
     def plan(
         self,
@@ -150,7 +154,8 @@ class ApeCascadeAttentionWrapper:
             q_data_type=key.q_dtype,
             kv_data_type=key.kv_dtype,
         )
-        if one_row_each:
+        self._is_fused = one_row_each and rows <= MAX_FUSED_ROWS
+        if self._is_fused:
             self._plan_fused(kv, indices, last, t, s)
         else:
             self._plan_levels(qo, kv, indices, last, t, s)
@@ -213,25 +218,13 @@ class ApeCascadeAttentionWrapper:
     ) -> None:
         """One launch over twice the rows: first each row with its contexts, then with its path."""
         rows = self._rows
-        floats = _pin(torch.cat([1 / t, torch.ones(rows), s * t]))
-        if self._graph is None:
-            floats = floats.to(self._device, non_blocking=True)
-        else:
-            floats = self._graph.floats.copy_(floats, non_blocking=True)
-            if indices.data_ptr() == self._graph.indices.data_ptr():
-                indices = indices[:0]  # in place already, nothing to copy
+        floats = self._on_device(torch.cat([1 / t, torch.ones(rows), s * t]))
         self._inv_temperature, self._exponents = floats[: 2 * rows], floats[2 * rows :]
         if self._fused is None:
-            self._fused = self._wrapper(self._graph)
-        self._fused.plan(
-            qo_indptr=_pin(torch.arange(2 * rows + 1, dtype=torch.int32)),
-            paged_kv_indptr=_pin(torch.cat([kv[CONTEXTS], kv[PATH][1:] + kv[CONTEXTS][-1]])),
-            paged_kv_indices=indices,
-            paged_kv_last_page_len=_pin(torch.cat(last)),
-            causal=False,
-            **self._plan_arguments,
-        )
-        self._is_fused = True
+            self._fused = self._wrapper(2 * rows, self._workspace)
+        qo_indptr = torch.arange(2 * rows + 1, dtype=torch.int32)
+        kv_indptr = torch.cat([kv[CONTEXTS], kv[PATH][1:] + kv[CONTEXTS][-1]])
+        self._plan_wrapper(self._fused, qo_indptr, kv_indptr, indices, torch.cat(last), False)
 
     def _plan_levels(
         self,
@@ -244,9 +237,6 @@ class ApeCascadeAttentionWrapper:
     ) -> None:
         """One launch a level; the contexts' is left out when no row has any."""
         lens = qo[CONTEXTS].diff()
-        split = int(kv[CONTEXTS][-1])
-        self._has_contexts = split > 0
-        self._one_temperature = _one_value(t[kv[CONTEXTS].diff() > 0])
         floats = [1 / t, (s * t).repeat_interleave(lens), (1 / t).repeat_interleave(lens)]
         sizes = [len(part) for part in floats] + [len(qo[PATH]) - 1]
         (
@@ -254,20 +244,51 @@ class ApeCascadeAttentionWrapper:
             self._exponents,
             self._inv_temperature_of_row,
             self._no_temperature,
-        ) = _upload(torch.cat([*floats, torch.ones(sizes[-1])]), self._device).split(sizes)
+        ) = self._on_device(torch.cat([*floats, torch.ones(sizes[-1])])).split(sizes)
+        # What a graph has captured has to serve every later batch.
+        self._has_contexts = self._graph is not None or int(kv[CONTEXTS][-1]) > 0
+        self._one_temperature = (
+            _one_value(t[kv[CONTEXTS].diff() > 0]) if self._graph is None else None
+        )
         if not self._levels:
-            self._levels = [self._wrapper(None), self._wrapper(None)]
-        for level, pages in ((CONTEXTS, indices[:split]), (PATH, indices[split:])):
-            if level == PATH or self._has_contexts:
-                self._levels[level].plan(
-                    qo_indptr=_pin(qo[level]),
-                    paged_kv_indptr=_pin(kv[level]),
-                    paged_kv_indices=pages,
-                    paged_kv_last_page_len=_pin(last[level]),
-                    causal=level == PATH,
-                    **self._plan_arguments,
-                )
-        self._is_fused = False
+            self._levels = self._make_levels()
+        if self._has_contexts:
+            self._plan_wrapper(
+                self._levels[CONTEXTS], qo[CONTEXTS], kv[CONTEXTS], indices, last[CONTEXTS], False
+            )
+        behind = kv[PATH] + kv[CONTEXTS][-1]
+        self._plan_wrapper(self._levels[PATH], qo[PATH], behind, indices, last[PATH], True)
+
+    def _make_levels(self) -> list[BatchPrefillWithPagedKVCacheWrapper]:
+        """In a graph both launches run side by side, the contexts', which is longer, first.
+
+        They must not write their partial results to one place then.
+        """
+        spaces = [self._workspace] * 2
+        if self._graph is not None and CONCURRENT_LEVELS:
+            self._side = torch.cuda.Stream(self._device, priority=-1)
+            spaces = list(self._workspace.chunk(2))
+        return [self._wrapper(self._rows, space) for space in spaces]
+
+    def _plan_wrapper(
+        self,
+        wrapper: BatchPrefillWithPagedKVCacheWrapper,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        causal: bool,
+    ) -> None:
+        if self._graph is not None and indices.data_ptr() == self._graph.indices.data_ptr():
+            indices = indices[:0]  # in place already, nothing to copy
+        wrapper.plan(
+            qo_indptr=_staged(qo_indptr),
+            paged_kv_indptr=_staged(kv_indptr),
+            paged_kv_indices=indices,
+            paged_kv_last_page_len=_staged(last_page_len),
+            causal=causal,
+            **self._plan_arguments,
+        )
 
     def _run_fused(
         self, q: torch.Tensor, kv_cache: Any, scales: _Scales, _out: torch.Tensor
@@ -276,16 +297,29 @@ class ApeCascadeAttentionWrapper:
         twice = q.repeat(2, 1, 1)
         if self._module is None:
             twice[:rows] *= self._inv_temperature[:rows].view(-1, 1, 1)
-        v, s = self._call(self._fused, twice, kv_cache, self._inv_temperature, scales, False, None)
+        v = torch.empty_like(twice)
+        v, s = self._call(self._fused, twice, kv_cache, self._inv_temperature, scales, False, v)
         return v[rows:], s[rows:], v[:rows], s[:rows]
 
     def _run_levels(
         self, q: torch.Tensor, kv_cache: Any, scales: _Scales, out: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        path, contexts = self._levels[PATH], self._levels[CONTEXTS]
-        v, s = self._call(path, q, kv_cache, self._no_temperature, scales, True, out)
-        if not self._has_contexts:
-            return v, s, v, torch.full_like(s, -math.inf)
+        contexts = None
+        if self._has_contexts:
+            v = torch.empty_like(q)  # FlashInfer would fill it with zeros
+            s = q.new_empty(q.shape[:2], dtype=torch.float32)
+            with self._beside():
+                contexts = self._run_contexts(q, kv_cache, scales, v, s)
+        path = self._call(self._levels[PATH], q, kv_cache, self._no_temperature, scales, True, out)
+        if contexts is None:
+            return *path, path[0], torch.full_like(path[1], -math.inf)
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+        return *path, *contexts
+
+    def _run_contexts(
+        self, q: torch.Tensor, kv_cache: Any, scales: _Scales, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._module is None:
             # The stock kernel has one softmax scale for all rows. Queries that are divided by T
             # instead are rounded once more to their own dtype.
@@ -293,7 +327,18 @@ class ApeCascadeAttentionWrapper:
                 scales = scales._replace(sm_scale=scales.sm_scale / self._one_temperature)
             else:
                 q = (q * self._inv_temperature_of_row.view(-1, 1, 1)).to(q.dtype)
-        return v, s, *self._call(contexts, q, kv_cache, self._inv_temperature, scales, False, None)
+        level = self._levels[CONTEXTS]
+        return self._call(level, q, kv_cache, self._inv_temperature, scales, False, out, lse)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Launch on the side stream, if there is one, after what is launched already."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
 
     def _call(
         self,
@@ -303,22 +348,32 @@ class ApeCascadeAttentionWrapper:
         inv_temperature: torch.Tensor,
         scales: _Scales,
         causal: bool,
-        out: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._module is None:
             return wrapper.forward_return_lse(
                 q, kv_cache, causal=causal, sm_scale=scales.sm_scale, k_scale=scales.k_scale
             )
-        out = torch.empty_like(q) if out is None else out  # FlashInfer would fill it with zeros
         logits_scale = scales.sm_scale * scales.k_scale
-        return wrapper.run(q, kv_cache, inv_temperature, logits_scale, out=out, return_lse=True)
+        return wrapper.run(
+            q, kv_cache, inv_temperature, logits_scale, out=out, lse=lse, return_lse=True
+        )
 
-    def _wrapper(self, graph: _GraphBuffers | None) -> BatchPrefillWithPagedKVCacheWrapper:
-        buffers: dict[str, Any] = {} if graph is None else graph.arguments()
-        arguments = (self._workspace, self._layout)
+    def _wrapper(self, groups: int, workspace: torch.Tensor) -> BatchPrefillWithPagedKVCacheWrapper:
+        buffers: dict[str, Any] = {} if self._graph is None else self._graph.arguments(groups)
         if self._module is None:
-            return BatchPrefillWithPagedKVCacheWrapper(*arguments, backend="fa2", **buffers)
-        return variant.TemperatureAttentionWrapper(self._module, *arguments, **buffers)
+            return BatchPrefillWithPagedKVCacheWrapper(
+                workspace, self._layout, backend="fa2", **buffers
+            )
+        return variant.TemperatureAttentionWrapper(self._module, workspace, self._layout, **buffers)
+
+    def _on_device(self, floats: torch.Tensor) -> torch.Tensor:
+        if self._graph is None:
+            return _staged(floats).to(self._device, non_blocking=True)
+        if self._graph.floats is None:
+            self._graph.floats = floats.to(self._device)
+        return self._graph.floats.copy_(_staged(floats), non_blocking=True)
 
 
 @functools.cache
@@ -345,23 +400,22 @@ class _Scales(NamedTuple):
 
 
 class _GraphBuffers:
-    """What a captured launch reads: fixed addresses for a fixed number of rows."""
+    """What captured launches read: fixed addresses for a fixed number of rows."""
 
-    def __init__(self, rows: int, indices: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, rows: int, indices: torch.Tensor) -> None:
         self.rows = rows
         self.indices = indices
-        self.floats = torch.ones(3 * rows, device=device)
-        self._qo_indptr = torch.arange(2 * rows + 1, dtype=torch.int32, device=device)
-        self._kv_indptr = torch.zeros_like(self._qo_indptr)
-        self._last_page_len = torch.ones(2 * rows, dtype=torch.int32, device=device)
+        self.floats: torch.Tensor | None = None
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, groups: int) -> dict[str, Any]:
+        """Buffers of one of FlashInfer's wrappers."""
+        indptr = torch.zeros(groups + 1, dtype=torch.int32, device=self.indices.device)
         return dict(
             use_cuda_graph=True,
-            qo_indptr_buf=self._qo_indptr,
-            paged_kv_indptr_buf=self._kv_indptr,
+            qo_indptr_buf=indptr,
+            paged_kv_indptr_buf=indptr.clone(),
             paged_kv_indices_buf=self.indices,
-            paged_kv_last_page_len_buf=self._last_page_len,
+            paged_kv_last_page_len_buf=indptr[1:].clone(),
         )
 
 
@@ -397,10 +451,10 @@ def _one_value(values: torch.Tensor) -> float | None:
     return None
 
 
-def _pin(host: torch.Tensor) -> torch.Tensor:
-    """In pinned memory, from where a copy to the GPU does not wait for it."""
-    return host.contiguous().pin_memory()
+def _staged(host: torch.Tensor) -> torch.Tensor:
+    """Ready for a copy to the GPU that does not wait for what runs there.
 
-
-def _upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return _pin(host).to(device, non_blocking=True)
+    CUDA stages up to 64 KB of ordinary memory by itself; more has to be pinned.
+    """
+    host = host.contiguous()
+    return host if host.nbytes <= 65536 else host.pin_memory()

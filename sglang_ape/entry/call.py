@@ -6,10 +6,12 @@ caller wrote it.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sglang_ape.arguments import MAX_SCALE, MAX_TEMPERATURE
@@ -17,7 +19,8 @@ from sglang_ape.errors import ApeRequestError
 
 FIELDS = ("contexts", "prefix", "prefix_ids", "ape")
 
-Text = str | list[int]  # a text still to be tokenised, or its ids
+Ids = array  # of type "I": contexts are checked, joined and hashed without touching every id
+Text = str | Ids  # a text still to be tokenised, or its ids
 
 
 class ApeOptions(BaseModel):
@@ -144,7 +147,7 @@ def _parse_context(value: Any, param: str) -> Text:
     if "text" in value:
         return _parse_text(value["text"], f"{param}.text")
     if "input_ids" in value:
-        return _parse_ids(value["input_ids"], f"{param}.input_ids")
+        return parse_ids(value["input_ids"], f"{param}.input_ids")
     raise ApeRequestError(
         f"{param}.id: no context is known as {_shown(value['id'])}", f"{param}.id"
     )
@@ -167,15 +170,36 @@ def check_text(value: str, param: str) -> str:
     return value
 
 
-def _parse_ids(value: Any, param: str, allow_empty: bool = False) -> list[int]:
-    if not isinstance(value, list | tuple):
+def parse_ids(value: Any, param: str, allow_empty: bool = False) -> Ids:
+    """Token ids as the caller gave them.
+
+    Raises:
+        ApeRequestError: not a list, empty, or with anything but integers.
+    """
+    if not isinstance(value, list | tuple | array):
         raise ApeRequestError(f"{param} must be a list of token ids, got {_kind(value)}", param)
     if not value and not allow_empty:
         raise ApeRequestError(f"{param} must not be empty", param)
-    if set(map(type, value)) - {int}:  # bool is a type of its own here
-        wrong = next(token for token in value if type(token) is not int)
+    try:
+        ids = array("I", value)
+    except OverflowError:
+        wrong = next(int(token) for token in value if not 0 <= token < 2**32)
+        raise ApeRequestError(
+            f"{param} holds token id {_shown(wrong)}, outside any vocabulary", param
+        ) from None
+    except TypeError:
+        ids = None
+    # An array takes True and False for 1 and 0; to look at the type of every id would take longer
+    # than all else that is done to it.
+    if ids is None or (ids and numbers_of(ids).min() < 2 and bool in map(type, value)):
+        wrong = next(t for t in value if isinstance(t, bool) or not hasattr(t, "__index__"))
         raise ApeRequestError(f"{param} must hold integers only, got {_kind(wrong)}", param)
-    return list(value)
+    return ids
+
+
+def numbers_of(ids: Ids) -> np.ndarray:
+    """The same memory as a NumPy array."""
+    return np.frombuffer(ids, np.uint32)
 
 
 def _parse_prefix(fields: Mapping[str, Any], index: int | None) -> tuple[Text | None, str]:
@@ -190,7 +214,7 @@ def _parse_prefix(fields: Mapping[str, Any], index: int | None) -> tuple[Text | 
     if ids is not None:
         nested = isinstance(ids, list | tuple) and bool(ids) and isinstance(ids[0], list | tuple)
         ids, param = _of_item(fields, "prefix_ids", index) if nested else (ids, "prefix_ids")
-        return _parse_ids(ids, param, allow_empty=True), param
+        return parse_ids(ids, param, allow_empty=True), param
     return None, "prefix_ids"
 
 

@@ -7,7 +7,9 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sglang_ape.entry.call import ApeItem, Text, check_text
+import numpy as np
+
+from sglang_ape.entry.call import ApeItem, Ids, Text, check_text, numbers_of
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.spec import ApeSpec
@@ -20,7 +22,7 @@ _MIN_TEMPERATURE = 1e-4
 class Row(NamedTuple):
     """One request as SGLang gets it."""
 
-    input_ids: list[int]
+    input_ids: array  # of type "q", as SGLang's scheduler gets it
     spec: ApeSpec | None  # None: attention is plain, so the request is an ordinary one
 
 
@@ -31,7 +33,7 @@ class Defaults(NamedTuple):
     scale: float
 
 
-def encode_text(tokenizer: Any, text: str, param: str, special_tokens: bool = False) -> list[int]:
+def encode_text(tokenizer: Any, text: str, param: str, special_tokens: bool = False) -> Ids:
     """Token ids of one text by itself.
 
     Raises:
@@ -39,25 +41,25 @@ def encode_text(tokenizer: Any, text: str, param: str, special_tokens: bool = Fa
     """
     if tokenizer is None:
         raise ApeRequestError(f"{param}: without a tokenizer, give token ids", param)
-    return tokenizer.encode(check_text(text, param), add_special_tokens=special_tokens)
+    return array("I", tokenizer.encode(check_text(text, param), add_special_tokens=special_tokens))
 
 
-def encode_prefix(tokenizer: Any, prefix: Text | None, name: str) -> list[int]:
+def encode_prefix(tokenizer: Any, prefix: Text | None, name: str) -> Ids:
     """Token ids of P, the only text that gets special tokens.
 
     The default is the BOS token, if the model has one, and two newlines: a shared start keeps the
     attention sink of every context in one place (APE paper, section 4.1).
     """
-    if isinstance(prefix, list):
+    if isinstance(prefix, array):
         return prefix
     if prefix is not None:
         return encode_text(tokenizer, prefix, name, special_tokens=True)
     newlines = encode_text(tokenizer, "\n\n", name)
     bos = tokenizer.bos_token_id
-    return newlines if bos is None else [bos, *newlines]
+    return newlines if bos is None else array("I", [bos]) + newlines
 
 
-def encode_contexts(tokenizer: Any, contexts: Sequence[Text], at: str) -> list[list[int]]:
+def encode_contexts(tokenizer: Any, contexts: Sequence[Text], at: str) -> list[Ids]:
     """Token ids of each context, tokenised by itself and without special tokens."""
     texts = [context for context in contexts if isinstance(context, str)]
     encoded: list[list[int]] = []
@@ -66,7 +68,9 @@ def encode_contexts(tokenizer: Any, contexts: Sequence[Text], at: str) -> list[l
             raise ApeRequestError("contexts: without a tokenizer, give token ids", f"contexts{at}")
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     of_text = iter(encoded)
-    ids = [next(of_text) if isinstance(context, str) else context for context in contexts]
+    ids = [
+        array("I", next(of_text)) if isinstance(context, str) else context for context in contexts
+    ]
     for i, own in enumerate(ids):
         if not own:
             param = f"contexts{at}[{i}]"
@@ -75,9 +79,9 @@ def encode_contexts(tokenizer: Any, contexts: Sequence[Text], at: str) -> list[l
 
 
 def build_row(
-    prefix: list[int],
-    contexts: list[list[int]],
-    query: list[int],
+    prefix: Ids,
+    contexts: Sequence[Ids],
+    query: Ids,
     item: ApeItem,
     defaults: Defaults,
 ) -> Row:
@@ -90,10 +94,8 @@ def build_row(
     temperature = defaults.temperature if options.temperature is None else options.temperature
     temperature = max(temperature, _MIN_TEMPERATURE)
     scale = defaults.scale if options.scale is None else options.scale
-    ids = [*prefix]
-    for context in contexts:
-        ids += context
-    ids += query
+    row = _joined(prefix, contexts, query).astype(np.int64)
+    ids = array("q", row.tobytes())
     if len(contexts) == 1 and temperature == 1 and scale == 1:
         return Row(ids, None)
     spec = ApeSpec(
@@ -106,13 +108,11 @@ def build_row(
     return Row(ids, spec)
 
 
-def namespace_of(
-    prefix: Sequence[int], contexts: Sequence[Sequence[int]], temperature: float, scale: float
-) -> str:
+def namespace_of(prefix: Ids, contexts: Sequence[Ids], temperature: float, scale: float) -> str:
     """A name for all that the query's KV depends on; the order of contexts is no part of it."""
 
-    def digest(ids: Sequence[int]) -> bytes:
-        return hashlib.sha256(array("q", ids).tobytes()).digest()
+    def digest(ids: Ids) -> bytes:
+        return hashlib.sha256(ids).digest()
 
     whole = hashlib.sha256(repr((float(temperature), float(scale))).encode())
     whole.update(digest(prefix))
@@ -131,9 +131,9 @@ class Names(NamedTuple):
 
 
 def check_row(
-    prefix: list[int],
-    contexts: list[list[int]],
-    query: list[int],
+    prefix: Ids,
+    contexts: Sequence[Ids],
+    query: Ids,
     max_new_tokens: int | None,
     limits: Limits,
     names: Names,
@@ -145,10 +145,11 @@ def check_row(
     """
     if not query:
         raise ApeRequestError(f"{names.query} must not be empty", names.query)
-    _check_vocabulary(prefix, names.prefix, limits.vocab_size)
-    _check_vocabulary(query, names.query, limits.vocab_size)
-    for i, context in enumerate(contexts):
-        _check_vocabulary(context, f"{names.contexts}[{i}]", limits.vocab_size)
+    if _joined(prefix, contexts, query).max() >= limits.vocab_size:
+        _check_vocabulary(prefix, names.prefix, limits.vocab_size)
+        _check_vocabulary(query, names.query, limits.vocab_size)
+        for i, context in enumerate(contexts):
+            _check_vocabulary(context, f"{names.contexts}[{i}]", limits.vocab_size)
 
     lens = [len(context) for context in contexts]
     total, longest = sum(lens), max(lens)
@@ -187,9 +188,13 @@ def check_row(
 _POOL_MARGIN = 8
 
 
-def _check_vocabulary(ids: list[int], param: str, vocab_size: int) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise ApeRequestError(
-            f"{param} holds token id {wrong}, outside the vocabulary of {vocab_size}", param
-        )
+def _check_vocabulary(ids: Ids, param: str, vocab_size: int) -> None:
+    for token in ids:
+        if token >= vocab_size:
+            raise ApeRequestError(
+                f"{param} holds token id {token}, outside the vocabulary of {vocab_size}", param
+            )
+
+
+def _joined(prefix: Ids, contexts: Sequence[Ids], query: Ids) -> np.ndarray:
+    return np.concatenate([numbers_of(part) for part in (prefix, *contexts, query)])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, NamedTuple
 
 from sglang_ape.entry import expand
-from sglang_ape.entry.call import ApeCall, ApeItem, Door, current_call
+from sglang_ape.entry.call import ApeCall, ApeItem, Door, current_call, parse_ids
 from sglang_ape.entry.chat import ContextMarker
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
@@ -28,6 +29,7 @@ class Entry(NamedTuple):
     limits: Limits
     defaults: expand.Defaults
     marker: ContextMarker | None  # only where there are chat routes
+    logs_requests: bool = False  # SGLang's log shortens lists, and prints arrays whole
 
 
 def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
@@ -50,6 +52,7 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
         ),
         defaults=expand.Defaults(args.ape_temperature, args.ape_scale),
         marker=ContextMarker(tokenizer) if with_chat and tokenizer is not None else None,
+        logs_requests=args.log_requests,
     )
 
 
@@ -98,7 +101,10 @@ def apply_call(entry: Entry, call: ApeCall, obj: Any) -> None:
             sampling[i] = {**params, "custom_params": {**custom, **row.spec.to_custom_params()}}
         rows.append(row.input_ids)
     obj.text = None
-    obj.input_ids = rows if batched else rows[0]
+    # SGLang turns a list of ids into such an array; where it copies requests it wants lists.
+    as_lists = batched or sampling[0].get("n", 1) != 1 or entry.logs_requests
+    ids = [row.tolist() for row in rows] if as_lists else rows
+    obj.input_ids = ids if batched else ids[0]
     obj.sampling_params = sampling if batched else sampling[0]
 
 
@@ -107,13 +113,15 @@ def _row(
 ) -> expand.Row:
     if door.chat:
         assert entry.marker is not None  # the HTTP door marked the messages with it
-        prefix, query = entry.marker.split(query)
+        prefix, query = (array("I", ids) for ids in entry.marker.split(query))
         prefix_name = door.text
     else:
         prefix = expand.encode_prefix(entry.tokenizer, item.prefix, item.prefix_name)
         prefix_name = item.prefix_name
         if isinstance(query, str):
             query = expand.encode_text(entry.tokenizer, query, query_name)
+        else:
+            query = parse_ids(query, query_name, allow_empty=True)
     contexts = expand.encode_contexts(entry.tokenizer, item.contexts, item.at)
     names = expand.Names(prefix_name, f"contexts{item.at}", query_name, door.new_tokens)
     new_tokens = max_new_tokens if isinstance(max_new_tokens, int) else None

@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
     ),
     "ids that are no integers": ({"contexts": [{"input_ids": [5, "6"]}]}, "contexts[0].input_ids"),
     "ids outside the vocabulary": ({"contexts": [{"input_ids": [5, 512]}]}, "contexts[0]"),
-    "negative ids": ({"contexts": [{"input_ids": [-1]}]}, "contexts[0]"),
+    "negative ids": ({"contexts": [{"input_ids": [-1]}]}, "contexts[0].input_ids"),
     "an unknown id": ({"contexts": [{"id": "ctx-0"}]}, "contexts[0].id"),
     "temperature zero": ({"ape": {"temperature": 0}}, "ape.temperature"),
     "temperature negative": ({"ape": {"temperature": -0.1}}, "ape.temperature"),

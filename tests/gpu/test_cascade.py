@@ -229,6 +229,15 @@ def workspace() -> torch.Tensor:
     return torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
 
 
+@pytest.fixture(params=[1000, 0], ids=["fused", "levels"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding in one launch over both levels, or in a launch for each, whatever the batch size."""
+    monkeypatch.setattr(cascade, "MAX_FUSED_ROWS", request.param)
+
+
+LAYOUTS = pytest.mark.usefixtures("layout")
+
+
 def plan(wrapper: ApeCascadeAttentionWrapper, batch: Batch, **changes: Any) -> None:
     qo_indptr, kv_indptr, indices, last_page_len = zip(*batch.levels, strict=True)
     arguments = dict(
@@ -274,7 +283,7 @@ EXTEND = (
     (Path(1, 40), Path(5, 5), Path(130, 1000), Path(17, 64), Path(3, 3)),
 )
 
-# Every row is a request: one fused launch.
+# Every row is a request.
 DECODE = (
     tuple(
         Contexts(1, kv_len, temperature, scale)
@@ -302,6 +311,7 @@ KINDS = pytest.mark.parametrize(
 @KINDS
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
+@LAYOUTS
 def test_ragged_batches_of_many_temperatures_equal_the_formula(
     workspace: torch.Tensor,
     groups: tuple[Sequence[Contexts], Sequence[Path]],
@@ -375,6 +385,7 @@ def without_contexts(batch: Batch) -> Batch:
 
 
 @BATCHES
+@LAYOUTS
 def test_rows_without_contexts_are_not_touched_by_those_of_others(
     workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
 ) -> None:
@@ -395,6 +406,7 @@ def test_rows_without_contexts_are_not_touched_by_those_of_others(
 
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("page_size", [1, 16])
+@LAYOUTS
 def test_contexts_in_any_order_of_their_pages_are_the_same(
     workspace: torch.Tensor, rows: int, page_size: int
 ) -> None:
@@ -434,6 +446,7 @@ def test_both_layouts_and_a_pair_of_caches_equal_the_formula(
 
 @BATCHES
 @pytest.mark.parametrize("head_dim", [64, 128])
+@LAYOUTS
 def test_a_float8_cache_with_scales_equals_the_formula(
     workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]], head_dim: int
 ) -> None:
@@ -649,6 +662,7 @@ def pad(batch: Batch, rows: int) -> Batch:
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
+@LAYOUTS
 def test_a_captured_run_follows_every_new_plan(
     workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, in_place: bool, page_size: int
 ) -> None:
@@ -691,6 +705,7 @@ def test_the_stock_kernel_is_exact_for_one_temperature_in_prefill(
 @pytest.mark.usefixtures("stock_kernel")
 @BATCHES
 @pytest.mark.parametrize("scales", [{}, {"k_scale": 0.6, "v_scale": 2.5}], ids=["", "scales"])
+@LAYOUTS
 def test_the_stock_kernel_serves_many_temperatures_with_rounded_queries(
     workspace: torch.Tensor,
     groups: tuple[Sequence[Contexts], Sequence[Path]],
@@ -704,6 +719,7 @@ def test_the_stock_kernel_serves_many_temperatures_with_rounded_queries(
 
 
 @pytest.mark.usefixtures("stock_kernel")
+@LAYOUTS
 def test_the_stock_kernel_runs_in_a_graph(workspace: torch.Tensor) -> None:
     contexts, kv_lens = GRAPH_SETTINGS[2]
     batch = make_batch(Shape(), contexts, [Path(1, kv_len) for kv_len in kv_lens])

@@ -1,8 +1,10 @@
 """The APE fields of a call: what is taken, what is refused, and which field is named."""
 
 import math
+from array import array
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sglang_ape.entry.call import CHAT, COMPLETIONS, ENGINE, NATIVE, ApeCall, Door, parse_call
@@ -10,6 +12,10 @@ from sglang_ape.errors import ApeRequestError
 
 SURROGATE = "a\ud800b"
 DOORS = [NATIVE, COMPLETIONS, CHAT, ENGINE]
+
+
+def ids(*tokens: int) -> array:
+    return array("I", tokens)
 
 
 def parse(fields: dict[str, Any], door: Door = NATIVE) -> ApeCall:
@@ -49,7 +55,7 @@ def test_strings_and_objects_are_contexts(door: Door) -> None:
     call = parse({"contexts": contexts}, door)
     assert (call.batched, call.door, call.error) == (False, door, None)
     (item,) = call.items
-    assert item.contexts == ["one", "two", [3, 4]]
+    assert item.contexts == ["one", "two", ids(3, 4)]
     assert (item.prefix, item.at) == (None, "")
 
 
@@ -66,8 +72,8 @@ def test_null_means_not_given() -> None:
     [
         ({"prefix": "P"}, "P"),
         ({"prefix": ""}, ""),
-        ({"prefix_ids": [1, 2]}, [1, 2]),
-        ({"prefix_ids": []}, []),
+        ({"prefix_ids": [1, 2]}, ids(1, 2)),
+        ({"prefix_ids": []}, ids()),
     ],
 )
 def test_the_prefix_is_a_text_or_ids_and_may_be_empty(fields: dict[str, Any], prefix: Any) -> None:
@@ -145,6 +151,67 @@ def test_keys_of_several_types_are_refused_too() -> None:
 @pytest.mark.parametrize("contexts", [[""], [None], [7]])
 def test_the_first_context_is_checked_like_the_others(contexts: list[Any]) -> None:
     assert_refused({"contexts": contexts}, "contexts[0]")
+
+
+WRONG_IDS = [
+    ([True, 70000], "bool"),
+    ([70000, False], "bool"),
+    ([1, True], "bool"),
+    ([0, False, 2**32 - 1], "bool"),
+    ([70000, np.True_], "bool"),
+    ([5, 6.0], "float"),
+    ([5, math.nan], "float"),
+    ([5, "6"], "str"),
+    (["5", 6], "str"),
+    ([5, None], "null"),
+    ([5, [6]], "list"),
+    ([5, {"id": 6}], "dict"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind"), WRONG_IDS)
+def test_ids_that_are_no_integers_are_refused_with_their_type(wrong: list[Any], kind: str) -> None:
+    error = refusal({"contexts": ["a", {"input_ids": wrong}]})
+    assert error.param == "contexts[1].input_ids"
+    assert str(error) == f"contexts[1].input_ids must hold integers only, got {kind}"
+    error = refusal({"contexts": ["a"], "prefix_ids": wrong})
+    assert error.param == "prefix_ids"
+    assert str(error) == f"prefix_ids must hold integers only, got {kind}"
+
+
+@pytest.mark.parametrize("token", [-1, 2**32, 10**18, -(10**18)])
+def test_an_id_outside_any_vocabulary_is_named(token: int) -> None:
+    error = refusal({"contexts": ["a", {"input_ids": [5, token]}]})
+    assert error.param == "contexts[1].input_ids"
+    assert str(error) == f"contexts[1].input_ids holds token id {token}, outside any vocabulary"
+    error = refusal({"contexts": ["a"], "prefix_ids": [token, 5]})
+    assert error.param == "prefix_ids"
+    assert str(error) == f"prefix_ids holds token id {token}, outside any vocabulary"
+
+
+@pytest.mark.parametrize("token", [10**30, -(10**30), pytest.param(10**5000, id="5001 digits")])
+def test_an_id_too_long_to_print_is_refused_too(token: int) -> None:
+    assert_refused({"contexts": ["a", {"input_ids": [5, token]}]}, "contexts[1].input_ids")
+    assert_refused({"contexts": ["a"], "prefix_ids": [token, 5]}, "prefix_ids")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64])
+def test_numpy_integers_are_ids(dtype: type[np.integer]) -> None:
+    """Only ``Engine`` callers can give them."""
+    given = [dtype(0), dtype(1), dtype(70)]
+    call = parse({"contexts": [{"input_ids": given}], "prefix_ids": given}, ENGINE)
+    assert call.items[0].contexts == [ids(0, 1, 70)]
+    assert call.items[0].prefix == ids(0, 1, 70)
+
+
+def test_ids_become_an_array_of_32_bits_and_the_callers_list_stays_a_list() -> None:
+    """What is hashed and looked at as ``np.uint32`` must be exactly that."""
+    given = [0, 1, 2**32 - 1]
+    call = parse({"contexts": [{"input_ids": given}, {"input_ids": (3,)}], "prefix_ids": given})
+    item = call.items[0]
+    assert [*item.contexts, item.prefix] == [ids(*given), ids(3), ids(*given)]
+    assert {own.typecode for own in (*item.contexts, item.prefix)} == {"I"}
+    assert given == [0, 1, 2**32 - 1]
 
 
 @pytest.mark.parametrize("own", ["text", {"text": "a"}, None, 3, []])
@@ -255,7 +322,7 @@ def test_a_batch_has_one_item_a_request() -> None:
     assert call.batched
     assert [(item.contexts, item.at) for item in call.items] == [
         (["a"], "[0]"),
-        (["b", [1]], "[1]"),
+        (["b", ids(1)], "[1]"),
     ]
 
 
@@ -264,7 +331,7 @@ def test_one_prefix_and_one_ape_hold_for_the_whole_batch() -> None:
     for item in parse(fields).items:
         assert (item.prefix, item.options.scale) == ("P", 0.5)
     shared_ids = parse({"contexts": [["a"], ["b"]], "prefix_ids": [7, 8]})
-    assert [item.prefix for item in shared_ids.items] == [[7, 8], [7, 8]]
+    assert [item.prefix for item in shared_ids.items] == [ids(7, 8), ids(7, 8)]
 
 
 def test_a_list_of_prefixes_or_options_has_one_for_each_request() -> None:
@@ -273,7 +340,7 @@ def test_a_list_of_prefixes_or_options_has_one_for_each_request() -> None:
     assert [item.prefix for item in call.items] == ["P", "R"]
     assert [item.options.scale for item in call.items] == [0.1, None]
     call = parse({"contexts": contexts, "prefix_ids": [[1], []]})
-    assert [item.prefix for item in call.items] == [[1], []]
+    assert [item.prefix for item in call.items] == [ids(1), ids()]
 
 
 @pytest.mark.parametrize(
@@ -298,6 +365,8 @@ def test_a_batch_list_of_the_wrong_length_is_refused(fields: dict[str, Any], par
         ({"prefix": ["P", SURROGATE]}, "prefix[1]"),
         ({"prefix_ids": [[1], ["2"]]}, "prefix_ids[1]"),
         ({"prefix_ids": [[1], 2]}, "prefix_ids[1]"),
+        ({"prefix_ids": [[1], [70000, True]]}, "prefix_ids[1]"),
+        ({"prefix_ids": [[1], [-1]]}, "prefix_ids[1]"),
         ({"ape": [{}, {"scale": -1}]}, "ape[1].scale"),
         ({"ape": [{}, {"bogus": 1}]}, "ape[1].bogus"),
         ({"ape": [{}, 5]}, "ape[1]"),

@@ -1,15 +1,19 @@
 """From a checked call to the token row of one ordinary request."""
 
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_ape.entry import expand
 from sglang_ape.entry.call import (
     CHAT,
     COMPLETIONS,
+    ENGINE,
     NATIVE,
     ApeItem,
     ApeOptions,
@@ -17,7 +21,7 @@ from sglang_ape.entry.call import (
     current_call,
     parse_call,
 )
-from sglang_ape.entry.expand import Defaults, Names, build_row, check_row, namespace_of
+from sglang_ape.entry.expand import Defaults, Names, Row
 from sglang_ape.entry.tokenizer_manager import Entry, apply_call, before_generate_request
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
@@ -69,6 +73,30 @@ def apply(
     return obj
 
 
+def ids(values: list[int]) -> array:
+    return array("I", values)
+
+
+def listed(row: array) -> list[int]:
+    """The ids of one row for SGLang, which must be the array that SGLang itself makes."""
+    assert isinstance(row, array), type(row)
+    assert row.typecode == "q"
+    return row.tolist()
+
+
+def build_row(prefix: list[int], contexts: list[list[int]], query: list[int], *rest: Any) -> Row:
+    row = expand.build_row(ids(prefix), list(map(ids, contexts)), ids(query), *rest)
+    return row._replace(input_ids=listed(row.input_ids))
+
+
+def check_row(prefix: list[int], contexts: list[list[int]], query: list[int], *rest: Any) -> None:
+    expand.check_row(ids(prefix), list(map(ids, contexts)), ids(query), *rest)
+
+
+def namespace_of(prefix: list[int], contexts: list[list[int]], t: float, s: float) -> str:
+    return expand.namespace_of(ids(prefix), list(map(ids, contexts)), t, s)
+
+
 def spec_in(params: dict[str, Any]) -> ApeSpec | None:
     return ApeSpec.from_custom_params(params.get("custom_params"))
 
@@ -89,9 +117,10 @@ def test_a_row_is_prefix_contexts_and_query(
 
 
 def test_a_row_does_not_change_its_parts() -> None:
-    prefix, contexts, query = [1], [[2], [3]], [4]
-    build_row(prefix, contexts, query, make_item(), DEFAULTS)
-    assert (prefix, contexts, query) == ([1], [[2], [3]], [4])
+    prefix, contexts, query = ids([1]), [ids([2]), ids([3])], ids([4])
+    row = expand.build_row(prefix, contexts, query, make_item(), DEFAULTS)
+    row.input_ids[:] = array("q", [9] * 4)
+    assert (prefix, contexts, query) == (ids([1]), [ids([2]), ids([3])], ids([4]))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +238,7 @@ def test_an_empty_query_is_refused() -> None:
     assert_says(refusal([1], [[2]], []), "text")
 
 
-@pytest.mark.parametrize("token", [-1, VOCAB, 10**30])
+@pytest.mark.parametrize("token", [VOCAB, VOCAB + 1, 2**31, 2**32 - 1])
 def test_a_token_outside_the_vocabulary_is_named(token: int) -> None:
     assert_says(refusal([1, token], [[2]], [3]), "prefix", token, VOCAB)
     assert_says(refusal([1], [[2], [2, token]], [3]), "contexts[1]", token, VOCAB)
@@ -264,7 +293,8 @@ def test_every_text_is_tokenised_by_itself_and_special_tokens_go_to_the_prefix_a
         make_obj(text="why"), {"contexts": ["ab", {"text": "c"}, {"input_ids": [9]}], "prefix": "P"}
     )
     assert obj.text is None
-    assert obj.input_ids == [START, *ids_of("P"), *ids_of("ab"), *ids_of("c"), 9, *ids_of("why")]
+    row = listed(obj.input_ids)
+    assert row == [START, *ids_of("P"), *ids_of("ab"), *ids_of("c"), 9, *ids_of("why")]
     spec = spec_in(obj.sampling_params)
     assert spec is not None
     assert (spec.prefix_len, spec.context_lens) == (2, (2, 1, 1))
@@ -273,25 +303,25 @@ def test_every_text_is_tokenised_by_itself_and_special_tokens_go_to_the_prefix_a
 
 def test_ids_are_taken_as_they_are() -> None:
     obj = apply(make_obj(input_ids=[7, 8]), {"contexts": ["a", "b"], "prefix_ids": [5]})
-    assert obj.input_ids == [5, ord("a"), ord("b"), 7, 8]
+    assert listed(obj.input_ids) == [5, ord("a"), ord("b"), 7, 8]
 
 
 def test_the_default_prefix_is_bos_and_two_newlines() -> None:
     obj = apply(make_obj(text="q"), {"contexts": ["a", "b"]})
-    assert obj.input_ids == [BOS, *ids_of("\n\nabq")]
+    assert listed(obj.input_ids) == [BOS, *ids_of("\n\nabq")]
     assert spec_in(obj.sampling_params).prefix_len == 3
 
 
 def test_the_default_prefix_of_a_model_without_bos_is_two_newlines() -> None:
     obj = apply(make_obj(text="q"), {"contexts": ["a", "b"]}, make_entry(CharTokenizer(bos=None)))
-    assert obj.input_ids == ids_of("\n\nabq")
+    assert listed(obj.input_ids) == ids_of("\n\nabq")
 
 
 def test_an_empty_prefix_is_a_prefix() -> None:
     obj = apply(make_obj(text="q"), {"contexts": ["a", "b"], "prefix_ids": []})
-    assert obj.input_ids == ids_of("abq")
+    assert listed(obj.input_ids) == ids_of("abq")
     obj = apply(make_obj(text="q"), {"contexts": ["a", "b"], "prefix": ""})
-    assert obj.input_ids == [START, *ids_of("abq")]
+    assert listed(obj.input_ids) == [START, *ids_of("abq")]
 
 
 def test_one_neutral_context_leaves_the_sampling_params_alone() -> None:
@@ -301,7 +331,7 @@ def test_one_neutral_context_leaves_the_sampling_params_alone() -> None:
         {"contexts": ["a"], "ape": {"temperature": 1, "scale": 1}},
     )
     assert obj.sampling_params == params
-    assert obj.input_ids == [BOS, *ids_of("\n\naq")]
+    assert listed(obj.input_ids) == [BOS, *ids_of("\n\naq")]
 
 
 def test_custom_params_of_the_user_are_kept() -> None:
@@ -371,6 +401,44 @@ def test_an_empty_query_is_named_as_the_caller_wrote_it(fields: dict[str, Any], 
     assert apply_refused(fields, {"contexts": ["a", "b"]}).param == param
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([True, 700], "must hold integers only, got bool"),
+        ([700, False], "must hold integers only, got bool"),
+        ([7, 8.0], "must hold integers only, got float"),
+        ([7, None], "must hold integers only, got null"),
+        ([7, [8]], "must hold integers only, got list"),
+        ([7, "8"], "must hold integers only, got str"),
+        ([7, -1], "holds token id -1, outside any vocabulary"),
+        ([7, 2**32], "holds token id 4294967296, outside any vocabulary"),
+        ([7, 1000], "holds token id 1000, outside the vocabulary of 1000"),
+    ],
+)
+def test_the_ids_of_a_query_are_checked_and_named_as_the_caller_wrote_them(
+    wrong: list[Any], message: str
+) -> None:
+    def assert_refused(value: Any, contexts: list[Any], door: Door, param: str) -> None:
+        error = apply_refused({"input_ids": value}, {"contexts": contexts}, door=door)
+        assert (error.param, str(error)) == (param, f"{param} {message}")
+
+    for door, name in ((NATIVE, "input_ids"), (ENGINE, "input_ids"), (COMPLETIONS, "prompt")):
+        assert_refused(wrong, ["a", "b"], door, name)
+        assert_refused([[7], wrong], [["a"], ["b"]], door, f"{name}[1]")
+
+
+@pytest.mark.parametrize("value", [None, 7, {"ids": [7]}])
+def test_a_query_of_a_batch_that_is_no_list_is_named(value: Any) -> None:
+    error = apply_refused({"input_ids": [[7], value]}, {"contexts": [["a"], ["b"]]})
+    assert error.param == "input_ids[1]"
+
+
+def test_a_query_of_numpy_integers_is_taken() -> None:
+    query = [np.int64(7), np.int32(1), np.uint8(0)]
+    obj = apply(make_obj(input_ids=query), {"contexts": ["a"], "prefix_ids": []}, door=ENGINE)
+    assert listed(obj.input_ids) == [ord("a"), 7, 1, 0]
+
+
 def test_the_completions_route_calls_the_query_prompt() -> None:
     error = apply_refused({"text": ""}, {"contexts": ["a", "b"]}, door=COMPLETIONS)
     assert error.param == "prompt"
@@ -392,7 +460,7 @@ def test_a_lone_surrogate_in_the_query_is_refused() -> None:
 def test_an_engine_without_tokenizer_wants_ids() -> None:
     entry = Entry(None, LIMITS, DEFAULTS, None)
     ids = {"contexts": [{"input_ids": [5]}, {"input_ids": [6]}], "prefix_ids": [4]}
-    assert apply(make_obj(input_ids=[7]), ids, entry).input_ids == [4, 5, 6, 7]
+    assert listed(apply(make_obj(input_ids=[7]), ids, entry).input_ids) == [4, 5, 6, 7]
     texts = {**ids, "contexts": ["a"]}
     assert apply_refused({"input_ids": [7]}, texts, entry).param == "contexts"
     assert apply_refused({"text": "q"}, ids, entry).param == "text"
@@ -421,6 +489,25 @@ def test_a_batch_of_ids_keeps_its_own_params() -> None:
     )
     assert obj.input_ids == [[*ids_of("ab"), 7], [*ids_of("cd"), 8, 9]]
     assert [params["custom_params"]["mine"] for params in obj.sampling_params] == [1, 2]
+
+
+@pytest.mark.parametrize("fields", [{"text": "q"}, {"input_ids": [ord("q")]}])
+@pytest.mark.parametrize("contexts", [["a"], ["a", "b"]])
+def test_only_a_request_that_sglang_does_not_copy_gets_an_array(
+    fields: dict[str, Any], contexts: list[str]
+) -> None:
+    """Where SGLang copies requests (a batch, n > 1) it tells rows from ids by ``list``."""
+    ape = {"contexts": contexts, "prefix_ids": [5], "ape": {"temperature": 1, "scale": 1}}
+    row = [5, *ids_of("".join(contexts)), ord("q")]
+    for sampling in ({}, {"n": 1}, [{}], [{"n": 1}]):
+        single = apply(make_obj(**fields, sampling_params=sampling), ape)
+        assert listed(single.input_ids) == row
+    for several in ({"n": 2}, [{"n": 2}]):
+        assert apply(make_obj(**fields, sampling_params=several), ape).input_ids == row
+    batch = {name: [value] * 2 for name, value in fields.items()}
+    ape["contexts"] = [contexts] * 2
+    for sampling in ({}, {"n": 1}, {"n": 2}):
+        assert apply(make_obj(**batch, sampling_params=sampling), ape).input_ids == [row, row]
 
 
 def test_a_neutral_request_of_a_batch_is_ordinary_beside_the_others() -> None:
@@ -475,7 +562,7 @@ def test_a_chat_is_cut_at_the_marker() -> None:
     marker = SimpleNamespace(split=lambda ids: (ids[: ids.index(99)], ids[ids.index(99) + 1 :]))
     entry = make_entry()._replace(marker=marker)
     obj = apply(make_obj(input_ids=[5, 6, 99, 7]), {"contexts": ["a", "b"]}, entry, CHAT)
-    assert obj.input_ids == [5, 6, *ids_of("ab"), 7]
+    assert listed(obj.input_ids) == [5, 6, *ids_of("ab"), 7]
     assert spec_in(obj.sampling_params).prefix_len == 2
 
 
@@ -517,7 +604,7 @@ def test_the_hook_applies_the_call_and_leaves_a_refusal_on_it() -> None:
     try:
         good = make_obj(text="q")
         before_generate_request(make_manager(), good)
-        assert good.input_ids == [BOS, *ids_of("\n\nabq")]
+        assert listed(good.input_ids) == [BOS, *ids_of("\n\nabq")]
         with pytest.raises(ApeRequestError) as caught:
             before_generate_request(make_manager(), make_obj(text=""))
     finally:

@@ -1,0 +1,226 @@
+"""GPU time of one layer's attention: the cascade beside FlashInfer's own kernel.
+
+    python -m benchmarks.cascade_kernels --json docs/performance/cascade_kernels.json
+
+Decoding: ``batch`` requests with one new row each over ``length`` tokens of contexts that all of
+them share, and 64 + 256 tokens of path of their own; stock reads the same tokens as one sequence.
+Prefill: one request with 256 query rows over ``length`` cached tokens. The heads are those of
+Llama-3.1-8B (32 and 8 of 128), bf16, page size 1. Decoding is timed as CUDA graph replays, prefill
+as eager launches; medians. Two layouts of the cascade's decode launches are shown: *fused* is one
+launch over both levels, *levels* is one for each, side by side in the graph or (*in turn*) not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+PREFIX, QUERY = 64, 256
+DECODE = [(1, 2048), (1, 32768), (1, 131072), (2, 2048), (2, 32768), (4, 2048), (4, 32768)]
+DECODE += [(8, 2048), (8, 32768), (16, 8192), (32, 2048), (32, 32768)]
+PREFILL = [2048, 32768, 131072]
+REPEATS = 30
+LAYERS = 8  # attention calls in a graph, on caches of their own so that L2 does not keep them
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--json", type=Path)
+    path = parser.parse_args().json
+    rows = []
+    print(f"{'':24}{'stock':>10}{'fused':>10}{'levels':>10}{'in turn':>10}   us a layer")
+    for batch, length in DECODE:
+        rows.append({"kind": "decode", "batch": batch, "length": length, **_decode(batch, length)})
+        _show(f"decode {batch} x {length}", rows[-1])
+    for length in PREFILL:
+        rows.append({"kind": "prefill", "length": length, **_prefill(length)})
+        _show(f"prefill {QUERY} x {length}", rows[-1])
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n")
+
+
+def _show(name: str, row: dict[str, Any]) -> None:
+    shown = [row.get(kind) for kind in ("stock", "fused", "levels", "in turn")]
+    print(f"{name:24}" + "".join(f"{us:10.1f}" if us else f"{'':10}" for us in shown), flush=True)
+
+
+def _decode(batch: int, length: int) -> dict[str, float]:
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    from flashinfer_ext import cascade
+
+    own = PREFIX + QUERY
+    caches, contexts, paths = _cache(length, own, batch)
+    q = _normal(batch, HEADS, HEAD_DIM)
+    row = torch.arange(batch + 1, dtype=torch.int32)
+    ones = torch.ones(batch, dtype=torch.int32)
+
+    stock = BatchDecodeWithPagedKVCacheWrapper(
+        _workspace(),
+        backend="fa2",
+        use_cuda_graph=True,
+        use_tensor_cores=True,
+        paged_kv_indptr_buffer=torch.zeros(batch + 1, dtype=torch.int32, device="cuda"),
+        paged_kv_indices_buffer=torch.zeros(
+            batch * (length + own), dtype=torch.int32, device="cuda"
+        ),
+        paged_kv_last_page_len_buffer=ones.cuda(),
+    )
+    sequences = torch.cat([torch.cat([contexts, path]) for path in paths])
+    stock.plan(
+        row * (length + own),
+        sequences,
+        ones,
+        HEADS,
+        KV_HEADS,
+        HEAD_DIM,
+        1,
+        q_data_type=q.dtype,
+        kv_data_type=q.dtype,
+    )
+    times = {"stock": _graph_us(lambda cache: stock.run(q, cache), caches)}
+    indices = torch.cat([contexts.repeat(batch), *paths])
+    for name, fused_rows, concurrent in (
+        ("fused", batch, False),
+        ("levels", 0, True),
+        ("in turn", 0, False),
+    ):
+        cascade.MAX_FUSED_ROWS, cascade.CONCURRENT_LEVELS = fused_rows, concurrent
+        wrapper = cascade.ApeCascadeAttentionWrapper(
+            _workspace(), use_cuda_graph=True, batch_size=batch, paged_kv_indices_buffer=indices
+        )
+        wrapper.plan(
+            [row, row],
+            [row * length, row * own],
+            indices,
+            [ones, ones],
+            HEADS,
+            KV_HEADS,
+            HEAD_DIM,
+            1,
+            temperature=0.9,
+            scale=0.9,
+            q_data_type=q.dtype,
+        )
+        times[name] = _graph_us(lambda cache, w=wrapper: w.run(q, cache), caches)
+    return times
+
+
+def _prefill(length: int) -> dict[str, float]:
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    from flashinfer_ext.cascade import ApeCascadeAttentionWrapper
+
+    own = PREFIX + QUERY
+    caches, contexts, paths = _cache(length, own, 1)
+    q = _normal(QUERY, HEADS, HEAD_DIM)
+    rows, one = torch.tensor([0, QUERY], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    indices = torch.cat([contexts, paths[0]])
+
+    def indptr(tokens: int) -> torch.Tensor:
+        return torch.tensor([0, tokens], dtype=torch.int32)
+
+    stock = BatchPrefillWithPagedKVCacheWrapper(_workspace(), backend="fa2")
+    stock.plan(
+        rows,
+        indptr(length + own),
+        indices,
+        one,
+        HEADS,
+        KV_HEADS,
+        HEAD_DIM,
+        1,
+        causal=True,
+        q_data_type=q.dtype,
+    )
+    wrapper = ApeCascadeAttentionWrapper(_workspace())
+    wrapper.plan(
+        [rows, rows],
+        [indptr(length), indptr(own)],
+        indices,
+        [one, one],
+        HEADS,
+        KV_HEADS,
+        HEAD_DIM,
+        1,
+        temperature=0.9,
+        scale=0.9,
+        q_data_type=q.dtype,
+    )
+    out = torch.empty_like(q)
+    return {
+        "stock": _eager_us(lambda cache: stock.run(q, cache, out=out), caches),
+        "levels": _eager_us(lambda cache: wrapper.run(q, cache, out=out), caches),
+    }
+
+
+def _cache(
+    length: int, own: int, batch: int
+) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+    """KV caches, one a layer, the slots of the contexts, and those of each request's path."""
+    slots = length + own * batch
+    layers = 2 if slots > 100_000 else LAYERS
+    caches = [_normal(slots, 2, 1, KV_HEADS, HEAD_DIM) for _ in range(layers)]
+    order = torch.arange(slots, dtype=torch.int32, device="cuda")
+    return caches, order[:length], list(order[length:].split(own))
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
+
+
+def _workspace() -> torch.Tensor:
+    return torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
+
+
+def _graph_us(run: Callable[[torch.Tensor], Any], caches: list[torch.Tensor]) -> float:
+    run(caches[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for cache in caches:
+            run(cache)
+    return _median_us(graph.replay) / len(caches)
+
+
+def _eager_us(run: Callable[[torch.Tensor], Any], caches: list[torch.Tensor]) -> float:
+    def all_layers() -> None:
+        for cache in caches:
+            run(cache)
+
+    return _median_us(all_layers) / len(caches)
+
+
+def _median_us(run: Callable[[], Any]) -> float:
+    run()
+    times = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def _machine() -> dict[str, str]:
+    import flashinfer
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "flashinfer": flashinfer.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
