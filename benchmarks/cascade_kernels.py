@@ -3,11 +3,12 @@
     python -m benchmarks.cascade_kernels --json docs/performance/cascade_kernels.json
 
 Decoding: ``batch`` requests with one new row each over ``length`` tokens of contexts that all of
-them share, and 64 + 256 tokens of path of their own; stock reads the same tokens as one sequence.
+them share, and 64 + 256 tokens of path of their own; stock reads the same tokens as one sequence a
+request. *apart*: the cascade with a group of contexts for each request; *shared*: with one group
+for all of them.
 Prefill: one request with 256 query rows over ``length`` cached tokens. The heads are those of
 Llama-3.1-8B (32 and 8 of 128), bf16, page size 1. Decoding is timed as CUDA graph replays, prefill
-as eager launches; medians. Two layouts of the cascade's decode launches are shown: *fused* is one
-launch over both levels, *levels* is one for each, side by side in the graph or (*in turn*) not.
+as eager launches; medians.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PREFIX, QUERY = 64, 256
 DECODE = [(1, 2048), (1, 32768), (1, 131072), (2, 2048), (2, 32768), (4, 2048), (4, 32768)]
 DECODE += [(8, 2048), (8, 32768), (16, 8192), (32, 2048), (32, 32768)]
 PREFILL = [2048, 32768, 131072]
+KINDS = ("stock", "apart", "shared")
 REPEATS = 30
 LAYERS = 8  # attention calls in a graph, on caches of their own so that L2 does not keep them
 
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     path = parser.parse_args().json
     rows = []
-    print(f"{'':24}{'stock':>10}{'fused':>10}{'levels':>10}{'in turn':>10}   us a layer")
+    print(f"{'':24}" + "".join(f"{kind:>10}" for kind in KINDS) + "   us a layer")
     for batch, length in DECODE:
         rows.append({"kind": "decode", "batch": batch, "length": length, **_decode(batch, length)})
         _show(f"decode {batch} x {length}", rows[-1])
@@ -48,14 +50,14 @@ def main() -> None:
 
 
 def _show(name: str, row: dict[str, Any]) -> None:
-    shown = [row.get(kind) for kind in ("stock", "fused", "levels", "in turn")]
+    shown = [row.get(kind) for kind in KINDS]
     print(f"{name:24}" + "".join(f"{us:10.1f}" if us else f"{'':10}" for us in shown), flush=True)
 
 
 def _decode(batch: int, length: int) -> dict[str, float]:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    from flashinfer_ext import cascade
+    from flashinfer_ext.cascade import ApeCascadeAttentionWrapper
 
     own = PREFIX + QUERY
     caches, contexts, paths = _cache(length, own, batch)
@@ -87,21 +89,17 @@ def _decode(batch: int, length: int) -> dict[str, float]:
         kv_data_type=q.dtype,
     )
     times = {"stock": _graph_us(lambda cache: stock.run(q, cache), caches)}
-    indices = torch.cat([contexts.repeat(batch), *paths])
-    for name, fused_rows, concurrent in (
-        ("fused", batch, False),
-        ("levels", 0, True),
-        ("in turn", 0, False),
-    ):
-        cascade.MAX_FUSED_ROWS, cascade.CONCURRENT_LEVELS = fused_rows, concurrent
-        wrapper = cascade.ApeCascadeAttentionWrapper(
+    for name, groups in (("apart", batch), ("shared", 1)):
+        indices = torch.cat([contexts.repeat(groups), *paths])
+        wrapper = ApeCascadeAttentionWrapper(
             _workspace(), use_cuda_graph=True, batch_size=batch, paged_kv_indices_buffer=indices
         )
+        members = torch.linspace(0, batch, groups + 1).int()
         wrapper.plan(
-            [row, row],
-            [row * length, row * own],
+            [members, row],
+            [torch.arange(groups + 1, dtype=torch.int32) * length, row * own],
             indices,
-            [ones, ones],
+            [torch.ones(groups, dtype=torch.int32), ones],
             HEADS,
             KV_HEADS,
             HEAD_DIM,
@@ -158,7 +156,7 @@ def _prefill(length: int) -> dict[str, float]:
     out = torch.empty_like(q)
     return {
         "stock": _eager_us(lambda cache: stock.run(q, cache, out=out), caches),
-        "levels": _eager_us(lambda cache: wrapper.run(q, cache, out=out), caches),
+        "apart": _eager_us(lambda cache: wrapper.run(q, cache, out=out), caches),
     }
 
 

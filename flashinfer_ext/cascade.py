@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,8 +17,6 @@ from flashinfer_ext.merge import launch_merge
 logger = logging.getLogger(__name__)
 
 CONTEXTS, PATH = 0, 1
-MAX_FUSED_ROWS = 2
-CONCURRENT_LEVELS = True
 Floats: TypeAlias = torch.Tensor | Sequence[float] | float
 
 
@@ -33,17 +30,18 @@ class ApeCascadeAttentionWrapper:
     their path untouched. With T = S = 1 the result is one softmax over both levels.
 
     ``plan`` and ``run`` follow ``flashinfer.MultiLevelCascadeAttentionWrapper``
-    (``flashinfer/cascade.py``): level 0 is the contexts, level 1 the path. Where every row is a
-    request of its own, as in decoding, both levels are one launch of FlashInfer's kernel.
+    (``flashinfer/cascade.py``): level 0 is the contexts, level 1 the path. Rows of several requests
+    that read the same contexts can be one group of level 0, which reads them once for all.
 
     Args:
         float_workspace_buffer: uint8 on the GPU, 384 MB recommended; FlashInfer's split-KV results.
         kv_layout: ``"NHD"`` or ``"HND"``.
         use_cuda_graph: plan into fixed buffers, for batches of exactly ``batch_size`` rows with a
-            request each; ``run`` may then be captured, and ``plan`` called again before a replay.
+            path each; ``run`` may then be captured, and ``plan`` called again before a replay. Both
+            levels run side by side there.
         batch_size: rows of the batch; only with ``use_cuda_graph``.
         paged_kv_indices_buffer: int32 on the GPU, as long as the longest ``paged_kv_indices``;
-            only with ``use_cuda_graph``.
+            only with ``use_cuda_graph``. Indices written to it before ``plan`` are not copied.
 
     Source: APE paper (ICLR 2025), section 4.
     """
@@ -68,7 +66,6 @@ class ApeCascadeAttentionWrapper:
         )
         self._key: variant.ModuleKey | None = None
         self._module: Any = None  # None: FlashInfer's stock kernel
-        self._fused: BatchPrefillWithPagedKVCacheWrapper | None = None
         self._levels: list[BatchPrefillWithPagedKVCacheWrapper] = []
         self._side: torch.cuda.Stream | None = None
 
@@ -133,17 +130,21 @@ class ApeCascadeAttentionWrapper:
         pages = int(kv[CONTEXTS][-1] + kv[PATH][-1])
         if len(indices) < pages:
             raise ValueError(f"paged_kv_indices holds {len(indices)} of {pages} pages")
-        one_row_each = all(len(indptr) == rows + 1 for indptr in qo)
         key = variant.ModuleKey(q_data_type, kv_data_type or q_data_type, head_dim)
         if self._graph is not None:
-            if not one_row_each or rows != self._graph.rows:
-                raise ValueError(f"a CUDA graph of {self._graph.rows} rows takes one request a row")
+            if not groups <= rows == len(qo[PATH]) - 1 == self._graph.rows:
+                raise ValueError(f"a CUDA graph of {self._graph.rows} rows takes one path a row")
             if self._key not in (None, key):
                 raise ValueError(f"a CUDA graph captured for {self._key} cannot run {key}")
+            # The number of groups is captured too.
+            for lists in (qo, kv):
+                lists[CONTEXTS] = _padded(lists[CONTEXTS], rows + 1, int(lists[CONTEXTS][-1]))
+            last[CONTEXTS] = _padded(last[CONTEXTS], rows, 1)
+            t, s = _padded(t, rows, 1), _padded(s, rows, 1)
 
         if key != self._key:
             self._key, self._module = key, temperature_module(key)
-            self._fused, self._levels = None, []
+            self._levels = []
         self._rows = rows
         self._sm_scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
         self._plan_arguments = dict(
@@ -154,11 +155,7 @@ class ApeCascadeAttentionWrapper:
             q_data_type=key.q_dtype,
             kv_data_type=key.kv_dtype,
         )
-        self._is_fused = one_row_each and rows <= MAX_FUSED_ROWS
-        if self._is_fused:
-            self._plan_fused(kv, indices, last, t, s)
-        else:
-            self._plan_levels(qo, kv, indices, last, t, s)
+        self._plan_levels(qo, kv, indices, last, t, s)
 
     def run(
         self,
@@ -193,8 +190,7 @@ class ApeCascadeAttentionWrapper:
         scales = _Scales(
             self._sm_scale if sm_scale is None else sm_scale, 1.0 if k_scale is None else k_scale
         )
-        states = self._run_fused if self._is_fused else self._run_levels
-        v_path, s_path, v_contexts, s_contexts = states(q, paged_kv_cache, scales, out)
+        v_path, s_path, v_contexts, s_contexts = self._run_levels(q, paged_kv_cache, scales, out)
         lse = torch.empty_like(s_path) if return_lse else None
         launch_merge(
             v_path,
@@ -207,24 +203,6 @@ class ApeCascadeAttentionWrapper:
             1.0 if v_scale is None else v_scale,
         )
         return out if lse is None else (out, lse)
-
-    def _plan_fused(
-        self,
-        kv: list[torch.Tensor],
-        indices: torch.Tensor,
-        last: list[torch.Tensor],
-        t: torch.Tensor,
-        s: torch.Tensor,
-    ) -> None:
-        """One launch over twice the rows: first each row with its contexts, then with its path."""
-        rows = self._rows
-        floats = self._on_device(torch.cat([1 / t, torch.ones(rows), s * t]))
-        self._inv_temperature, self._exponents = floats[: 2 * rows], floats[2 * rows :]
-        if self._fused is None:
-            self._fused = self._wrapper(2 * rows, self._workspace)
-        qo_indptr = torch.arange(2 * rows + 1, dtype=torch.int32)
-        kv_indptr = torch.cat([kv[CONTEXTS], kv[PATH][1:] + kv[CONTEXTS][-1]])
-        self._plan_wrapper(self._fused, qo_indptr, kv_indptr, indices, torch.cat(last), False)
 
     def _plan_levels(
         self,
@@ -260,15 +238,15 @@ class ApeCascadeAttentionWrapper:
         self._plan_wrapper(self._levels[PATH], qo[PATH], behind, indices, last[PATH], True)
 
     def _make_levels(self) -> list[BatchPrefillWithPagedKVCacheWrapper]:
-        """In a graph both launches run side by side, the contexts', which is longer, first.
+        """In a graph the path's launch runs beside the contexts'.
 
         They must not write their partial results to one place then.
         """
         spaces = [self._workspace] * 2
-        if self._graph is not None and CONCURRENT_LEVELS:
-            self._side = torch.cuda.Stream(self._device, priority=-1)
+        if self._graph is not None:
+            self._side = torch.cuda.Stream(self._device)
             spaces = list(self._workspace.chunk(2))
-        return [self._wrapper(self._rows, space) for space in spaces]
+        return [self._wrapper(space) for space in spaces]
 
     def _plan_wrapper(
         self,
@@ -290,36 +268,32 @@ class ApeCascadeAttentionWrapper:
             **self._plan_arguments,
         )
 
-    def _run_fused(
-        self, q: torch.Tensor, kv_cache: Any, scales: _Scales, _out: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        rows = self._rows
-        twice = q.repeat(2, 1, 1)
-        if self._module is None:
-            twice[:rows] *= self._inv_temperature[:rows].view(-1, 1, 1)
-        v = torch.empty_like(twice)
-        v, s = self._call(self._fused, twice, kv_cache, self._inv_temperature, scales, False, v)
-        return v[rows:], s[rows:], v[:rows], s[:rows]
-
     def _run_levels(
         self, q: torch.Tensor, kv_cache: Any, scales: _Scales, out: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        contexts = None
-        if self._has_contexts:
-            v = torch.empty_like(q)  # FlashInfer would fill it with zeros
-            s = q.new_empty(q.shape[:2], dtype=torch.float32)
-            with self._beside():
-                contexts = self._run_contexts(q, kv_cache, scales, v, s)
-        path = self._call(self._levels[PATH], q, kv_cache, self._no_temperature, scales, True, out)
-        if contexts is None:
-            return *path, path[0], torch.full_like(path[1], -math.inf)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        if self._side is None:
+            path = self._run_path(q, kv_cache, scales, out, lse)
+        else:
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
+                path = self._run_path(q, kv_cache, scales, out, lse)
+        contexts = self._run_contexts(q, kv_cache, scales)
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
         return *path, *contexts
 
-    def _run_contexts(
+    def _run_path(
         self, q: torch.Tensor, kv_cache: Any, scales: _Scales, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        level = self._levels[PATH]
+        return self._call(level, q, kv_cache, self._no_temperature, scales, True, out, lse)
+
+    def _run_contexts(
+        self, q: torch.Tensor, kv_cache: Any, scales: _Scales
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._has_contexts:
+            return q, q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
         if self._module is None:
             # The stock kernel has one softmax scale for all rows. Queries that are divided by T
             # instead are rounded once more to their own dtype.
@@ -327,18 +301,8 @@ class ApeCascadeAttentionWrapper:
                 scales = scales._replace(sm_scale=scales.sm_scale / self._one_temperature)
             else:
                 q = (q * self._inv_temperature_of_row.view(-1, 1, 1)).to(q.dtype)
-        level = self._levels[CONTEXTS]
-        return self._call(level, q, kv_cache, self._inv_temperature, scales, False, out, lse)
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Launch on the side stream, if there is one, after what is launched already."""
-        if self._side is None:
-            yield
-            return
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            yield
+        level, out = self._levels[CONTEXTS], torch.empty_like(q)  # FlashInfer would zero it
+        return self._call(level, q, kv_cache, self._inv_temperature, scales, False, out)
 
     def _call(
         self,
@@ -360,8 +324,8 @@ class ApeCascadeAttentionWrapper:
             q, kv_cache, inv_temperature, logits_scale, out=out, lse=lse, return_lse=True
         )
 
-    def _wrapper(self, groups: int, workspace: torch.Tensor) -> BatchPrefillWithPagedKVCacheWrapper:
-        buffers: dict[str, Any] = {} if self._graph is None else self._graph.arguments(groups)
+    def _wrapper(self, workspace: torch.Tensor) -> BatchPrefillWithPagedKVCacheWrapper:
+        buffers: dict[str, Any] = {} if self._graph is None else self._graph.arguments()
         if self._module is None:
             return BatchPrefillWithPagedKVCacheWrapper(
                 workspace, self._layout, backend="fa2", **buffers
@@ -407,9 +371,9 @@ class _GraphBuffers:
         self.indices = indices
         self.floats: torch.Tensor | None = None
 
-    def arguments(self, groups: int) -> dict[str, Any]:
-        """Buffers of one of FlashInfer's wrappers."""
-        indptr = torch.zeros(groups + 1, dtype=torch.int32, device=self.indices.device)
+    def arguments(self) -> dict[str, Any]:
+        """Buffers of one of FlashInfer's wrappers, with as many groups as rows."""
+        indptr = torch.zeros(self.rows + 1, dtype=torch.int32, device=self.indices.device)
         return dict(
             use_cuda_graph=True,
             qo_indptr_buf=indptr,
@@ -442,6 +406,10 @@ def _per_group(name: str, value: Floats, groups: int) -> torch.Tensor:
         shape = tuple(values.shape)
         raise ValueError(f"{name}: {shape} values for {groups} groups of the contexts level")
     return values.expand(groups)
+
+
+def _padded(values: torch.Tensor, size: int, with_value: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values, (0, size - len(values)), value=with_value)
 
 
 def _one_value(values: torch.Tensor) -> float | None:

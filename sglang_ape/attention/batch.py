@@ -7,8 +7,8 @@ same step, in the same thread, picks them up by request ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,48 +16,57 @@ import torch
 from sglang_ape.request import spec_of
 from sglang_ape.spec import ApeSpec
 
+
+class ApeBatch(NamedTuple):
+    """A batch with at least one APE request, in batch order."""
+
+    specs: Sequence[ApeSpec | None]  # None: a plain request
+    # Equal for requests whose contexts hold the same KV and are read with the same T and S.
+    context_sets: Sequence[Hashable | None]
+
+
 _rids: list[str] = []
-_specs: list[ApeSpec | None] = []
+_batch: ApeBatch | None = None
 
 
-def begin_batch(rids: list[str], specs: list[ApeSpec | None]) -> None:
-    """Remember the specs of the next forward pass; a batch of plain requests clears them."""
-    global _rids, _specs
-    _rids, _specs = rids, specs
+def begin_batch(rids: list[str], batch: ApeBatch) -> None:
+    """Remember what the next forward pass is about; a batch of plain requests clears it."""
+    global _rids, _batch
+    _rids, _batch = rids, batch if any(batch.specs) else None
 
 
-def specs_of_batch(rids: Sequence[str] | None) -> list[ApeSpec | None] | None:
-    """The specs in batch order, None if no request of the batch is an APE request.
+def ape_batch(rids: Sequence[str] | None) -> ApeBatch | None:
+    """The batch of these requests, None if no request of it is an APE request.
 
     Raises:
         RuntimeError: the batch is not the one announced last; attending to an APE row as if it
             were plain would give a wrong answer without a sign.
     """
-    if rids is None or not any(_specs):
+    if rids is None or _batch is None:
         return None
     if list(rids) != _rids:
         raise RuntimeError(
             f"attention was planned for requests {list(rids)} but positions were computed for "
-            f"{_rids}; the hook on ForwardBatch.init_new and the attention backend are out of step"
+            f"{_rids}; {_OUT_OF_STEP}"
         )
-    return _specs
+    return _batch
 
 
-def specs_of_current_batch(size: int) -> list[ApeSpec | None] | None:
-    """As :func:`specs_of_batch` where request ids do not arrive: replay of a decode graph.
+def ape_batch_of_size(size: int) -> ApeBatch | None:
+    """As :func:`ape_batch` where request ids do not arrive: replay of a decode graph.
 
     Raises:
         RuntimeError: the batch announced last has another size.
     """
-    if not any(_specs):
-        return None
-    if len(_specs) != size:
+    if _batch is not None and len(_rids) != size:
         raise RuntimeError(
             f"attention was planned for {size} requests but positions were computed for "
-            f"{len(_specs)}; the hook on ForwardBatch.init_new and the attention backend are out "
-            "of step"
+            f"{len(_rids)}; {_OUT_OF_STEP}"
         )
-    return _specs
+    return _batch
+
+
+_OUT_OF_STEP = "the hook on ForwardBatch.init_new and the attention backend are out of step"
 
 
 def positions_of(
@@ -77,7 +86,12 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
     if not model_runner.server_args.enable_ape:
         return
     specs = [spec_of(req) for req in batch.reqs]
-    begin_batch([req.rid for req in batch.reqs], specs)
+    # SGLang's cache key separates tenants and LoRA adapters, whose KV differs.
+    sets = [
+        (req.extra_key, spec.namespace) if spec else None
+        for req, spec in zip(batch.reqs, specs, strict=True)
+    ]
+    begin_batch([req.rid for req in batch.reqs], ApeBatch(specs, sets))
     positions = forward_batch.positions
     if not any(specs) or positions is None or positions.numel() == 0:
         return

@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper, temperature_module
 from flashinfer_ext.gather import gather_kv_indices
 from flashinfer_ext.variant import ModuleKey
-from sglang_ape.attention.batch import specs_of_batch, specs_of_current_batch
+from sglang_ape.attention.batch import ApeBatch, ape_batch, ape_batch_of_size
 from sglang_ape.attention.levels import Levels, decode_levels, extend_levels
 from sglang_ape.spec import ApeSpec
 
@@ -67,21 +67,22 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         super().init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        specs = specs_of_batch(forward_batch.rids)
-        if specs is None:
+        batch = ape_batch(forward_batch.rids)
+        if batch is None:
             self._active = None
             super().init_forward_metadata(forward_batch)
             return
         stops = forward_batch.seq_lens_cpu
         if forward_batch.forward_mode.is_decode():
-            levels = decode_levels(specs, stops.numpy())
+            levels = decode_levels(batch.specs, stops.numpy(), batch.context_sets)
         else:
-            levels = extend_levels(specs, forward_batch.extend_prefix_lens_cpu, stops.tolist())
+            starts = forward_batch.extend_prefix_lens_cpu
+            levels = extend_levels(batch.specs, starts, stops.tolist())
         self._plan(self._eager, levels, forward_batch.req_pool_indices)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        specs = self._specs_of_graph(forward_batch, in_capture)
-        if specs is None:
+        batch = self._batch_of_graph(forward_batch, in_capture)
+        if batch is None:
             self._active = None
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
             return
@@ -94,7 +95,8 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
                 batch_size=bs,
                 paged_kv_indices_buffer=indices,
             )
-        levels = decode_levels(specs, forward_batch.seq_lens_cpu[:bs].numpy())
+        seq_lens = forward_batch.seq_lens_cpu[:bs].numpy()
+        levels = decode_levels(batch.specs, seq_lens, batch.context_sets)
         self._plan(self._graphs[bs], levels, forward_batch.req_pool_indices[:bs], indices)
 
     def forward_extend(
@@ -120,13 +122,16 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         finally:
             self._capturing = False
 
-    def _specs_of_graph(self, forward_batch: Any, in_capture: bool) -> list[ApeSpec | None] | None:
-        """Specs for every row of a captured batch size, None if it is the stock path's."""
+    def _batch_of_graph(self, forward_batch: Any, in_capture: bool) -> ApeBatch | None:
+        """What the rows of a captured batch size hold, None if it is the stock path's."""
         bs = forward_batch.batch_size
         if in_capture:
-            return [None] * bs if self._capturing else None
-        specs = specs_of_current_batch(bs - forward_batch.num_padding)
-        return specs and specs + [None] * forward_batch.num_padding
+            return ApeBatch([None] * bs, [None] * bs) if self._capturing else None
+        padding = [None] * forward_batch.num_padding
+        batch = ape_batch_of_size(bs - len(padding))
+        if batch is None:
+            return None
+        return ApeBatch([*batch.specs, *padding], [*batch.context_sets, *padding])
 
     def _plan(
         self,
@@ -194,7 +199,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         kv = self.token_to_kv_pool.get_kv_buffer(self.token_to_kv_pool.start_layer)
         for levels in (
             extend_levels([spec], [4], [7]),  # a context's last row and two of the query
-            decode_levels([spec], np.array([6])),
+            decode_levels([spec], np.array([6]), ["warm-up"]),
         ):
             self._plan(self._eager, levels, line)
             self._eager.run(q[: levels.qo_indptr[0][-1]], kv)
@@ -211,7 +216,7 @@ def around_resolve_lora_variant(
     label = original(runner, forward_batch)
     if not isinstance(runner.attn_backend, ApeFlashInferBackend):
         return label
-    return label if specs_of_batch(forward_batch.rids) is None else _ape_variant(label)
+    return label if ape_batch(forward_batch.rids) is None else _ape_variant(label)
 
 
 def around_capture_one_shape(

@@ -7,7 +7,7 @@ Everything is host arithmetic on int32 arrays; the layout is the one that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,28 +32,40 @@ class Levels(NamedTuple):
     scale: np.ndarray  # likewise
 
 
-def decode_levels(specs: Sequence[ApeSpec | None], seq_lens: np.ndarray) -> Levels:
+def decode_levels(
+    specs: Sequence[ApeSpec | None],
+    seq_lens: np.ndarray,
+    context_sets: Sequence[Hashable | None],
+) -> Levels:
     """One new row for each request: the last of its ``seq_lens`` (batch,) rows.
 
-    A plain request has one path, its whole row, and no contexts; so has a padding row.
+    Neighbours in the batch with equal ``context_sets`` are one group of the contexts level: the
+    contexts of the first are read once for all of them. A plain request has one path, its whole
+    row, and no contexts; so has a padding row.
     """
     batch = len(specs)
     prefix = np.fromiter((spec.prefix_len if spec else 0 for spec in specs), np.int32, batch)
     end = np.fromiter((spec.context_end if spec else 0 for spec in specs), np.int32, batch)
     own = seq_lens.astype(np.int32) - end
     requests = np.arange(batch, dtype=np.int32)
+    first = [
+        i
+        for i, key in enumerate(context_sets)
+        if i == 0 or key is None or key != context_sets[i - 1]
+    ]
+    leaders = requests[first]
+    groups = len(leaders)
 
-    start = np.concatenate([prefix, _interleave(np.zeros_like(end), end)])
-    indptr = _indptr(np.concatenate([end - prefix, _interleave(prefix, own)]))
-    rows = np.arange(batch + 1, dtype=np.int32)
+    start = np.concatenate([prefix[leaders], _interleave(np.zeros_like(end), end)])
+    indptr = _indptr(np.concatenate([(end - prefix)[leaders], _interleave(prefix, own)]))
     return Levels(
-        np.concatenate([requests, np.repeat(requests, 2)]),
+        np.concatenate([leaders, np.repeat(requests, 2)]),
         start,
         indptr,
-        (rows, rows),
-        (indptr[: batch + 1], indptr[batch::2] - indptr[batch]),
-        np.fromiter((spec.temperature if spec else 1 for spec in specs), np.float32, batch),
-        np.fromiter((spec.scale if spec else 1 for spec in specs), np.float32, batch),
+        (np.append(leaders, np.int32(batch)), np.arange(batch + 1, dtype=np.int32)),
+        (indptr[: groups + 1], indptr[groups::2] - indptr[groups]),
+        np.array([spec.temperature if (spec := specs[i]) else 1 for i in first], np.float32),
+        np.array([spec.scale if (spec := specs[i]) else 1 for i in first], np.float32),
     )
 
 

@@ -5,6 +5,7 @@ Source: ``layers/attention/torch_native_backend.py`` of SGLang 0.5.17.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from flashinfer_ext.reference import attention_state, merge_state_scaled
-from sglang_ape.attention.batch import specs_of_batch
+from sglang_ape.attention.batch import ape_batch
 from sglang_ape.attention.plan import RowRange, plan_request
 from sglang_ape.spec import ApeSpec
 
@@ -41,8 +42,8 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
-        specs = specs_of_batch(forward_batch.rids)
-        self._work = None if specs is None else self._plan(forward_batch, specs)
+        batch = ape_batch(forward_batch.rids)
+        self._work = None if batch is None else self._plan(forward_batch, batch.specs)
 
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
@@ -58,7 +59,7 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         return self._forward(q, k, v, layer, forward_batch, save_kv_cache)
 
-    def _plan(self, forward_batch: Any, specs: list[ApeSpec | None]) -> list[_Work]:
+    def _plan(self, forward_batch: Any, specs: Sequence[ApeSpec | None]) -> list[_Work]:
         """Resolve row ranges to KV slots once a step; every layer reuses them."""
         stops = forward_batch.seq_lens.tolist()
         if forward_batch.forward_mode.is_decode():

@@ -229,15 +229,6 @@ def workspace() -> torch.Tensor:
     return torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
 
 
-@pytest.fixture(params=[1000, 0], ids=["fused", "levels"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoding in one launch over both levels, or in a launch for each, whatever the batch size."""
-    monkeypatch.setattr(cascade, "MAX_FUSED_ROWS", request.param)
-
-
-LAYOUTS = pytest.mark.usefixtures("layout")
-
-
 def plan(wrapper: ApeCascadeAttentionWrapper, batch: Batch, **changes: Any) -> None:
     qo_indptr, kv_indptr, indices, last_page_len = zip(*batch.levels, strict=True)
     arguments = dict(
@@ -311,7 +302,6 @@ KINDS = pytest.mark.parametrize(
 @KINDS
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
-@LAYOUTS
 def test_ragged_batches_of_many_temperatures_equal_the_formula(
     workspace: torch.Tensor,
     groups: tuple[Sequence[Contexts], Sequence[Path]],
@@ -385,7 +375,6 @@ def without_contexts(batch: Batch) -> Batch:
 
 
 @BATCHES
-@LAYOUTS
 def test_rows_without_contexts_are_not_touched_by_those_of_others(
     workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
 ) -> None:
@@ -406,7 +395,6 @@ def test_rows_without_contexts_are_not_touched_by_those_of_others(
 
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("page_size", [1, 16])
-@LAYOUTS
 def test_contexts_in_any_order_of_their_pages_are_the_same(
     workspace: torch.Tensor, rows: int, page_size: int
 ) -> None:
@@ -446,7 +434,6 @@ def test_both_layouts_and_a_pair_of_caches_equal_the_formula(
 
 @BATCHES
 @pytest.mark.parametrize("head_dim", [64, 128])
-@LAYOUTS
 def test_a_float8_cache_with_scales_equals_the_formula(
     workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]], head_dim: int
 ) -> None:
@@ -586,21 +573,23 @@ MAX_PAGES = 20_000
 class Graph:
     """A wrapper captured at the least lengths: no contexts, and the unused page 0 as every path."""
 
-    def __init__(self, workspace: torch.Tensor, shape: Shape, cache: torch.Tensor) -> None:
+    def __init__(
+        self, workspace: torch.Tensor, shape: Shape, cache: torch.Tensor, rows: int = GRAPH_ROWS
+    ) -> None:
         self.indices = torch.zeros(MAX_PAGES, dtype=torch.int32, device="cuda")
         self.wrapper = ApeCascadeAttentionWrapper(
             workspace,
             shape.layout,
             use_cuda_graph=True,
-            batch_size=GRAPH_ROWS,
+            batch_size=rows,
             paged_kv_indices_buffer=self.indices,
         )
         self.q = torch.zeros(
-            GRAPH_ROWS, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device="cuda"
+            rows, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device="cuda"
         )
-        path = [Path(1, 1)] * GRAPH_ROWS
-        contexts = [Contexts(1, 0)] * GRAPH_ROWS
-        page_0 = torch.zeros(GRAPH_ROWS, dtype=torch.int32, device="cuda")
+        path = [Path(1, 1)] * rows
+        contexts = [Contexts(1, 0)] * rows
+        page_0 = torch.zeros(rows, dtype=torch.int32, device="cuda")
         levels = (
             make_level(contexts, shape.page_size, page_0[:0]),
             make_level(path, 1, page_0),
@@ -641,6 +630,9 @@ GRAPH_SETTINGS: list[tuple[list[Contexts], list[int]]] = [
     ([Contexts(1, 0)] * GRAPH_ROWS, [1] * GRAPH_ROWS),
     ([Contexts(1, 40 * (i + 1), 0.2 * (i + 1), 1.0) for i in range(GRAPH_ROWS)], [9] * GRAPH_ROWS),
     ([Contexts(1, 12_000, 0.4, 0.8)] + [Contexts(1, 0)] * (GRAPH_ROWS - 1), [500] * GRAPH_ROWS),
+    # Rows that share their contexts: fewer groups than rows.
+    ([Contexts(GRAPH_ROWS, 3000, 0.5, 0.9)], [300, 17, 1, 200, 64, 1]),
+    ([Contexts(1, 0), Contexts(3, 700, 0.7, 1.2), Contexts(2, 5000, 0.3, 0.8)], [9] * GRAPH_ROWS),
 ]
 
 
@@ -662,7 +654,6 @@ def pad(batch: Batch, rows: int) -> Batch:
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
-@LAYOUTS
 def test_a_captured_run_follows_every_new_plan(
     workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, in_place: bool, page_size: int
 ) -> None:
@@ -681,6 +672,17 @@ def test_a_captured_run_follows_every_new_plan(
         eager, eager_lse = attention(workspace, batch)
         assert error(replayed[0], eager) <= TOLERANCE[dtype]
         torch.testing.assert_close(replayed[1], eager_lse, rtol=0, atol=LSE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rows", [40, 200])
+def test_a_captured_run_reads_contexts_once_for_many_rows(
+    workspace: torch.Tensor, rows: int
+) -> None:
+    shape = Shape()
+    contexts = [Contexts(rows - 9, 6000, 0.8, 0.9), Contexts(1, 0), Contexts(8, 20, 0.9, 1.0)]
+    batch = make_batch(shape, contexts, [Path(1, 1 + i % 70) for i in range(rows)])
+    replayed = Graph(workspace, shape, batch.cache, rows).replay(batch, in_place=True)
+    assert_equals(batch, replayed, expected_of(batch))
 
 
 ##### Without a module of our own
@@ -705,7 +707,6 @@ def test_the_stock_kernel_is_exact_for_one_temperature_in_prefill(
 @pytest.mark.usefixtures("stock_kernel")
 @BATCHES
 @pytest.mark.parametrize("scales", [{}, {"k_scale": 0.6, "v_scale": 2.5}], ids=["", "scales"])
-@LAYOUTS
 def test_the_stock_kernel_serves_many_temperatures_with_rounded_queries(
     workspace: torch.Tensor,
     groups: tuple[Sequence[Contexts], Sequence[Path]],
@@ -719,7 +720,6 @@ def test_the_stock_kernel_serves_many_temperatures_with_rounded_queries(
 
 
 @pytest.mark.usefixtures("stock_kernel")
-@LAYOUTS
 def test_the_stock_kernel_runs_in_a_graph(workspace: torch.Tensor) -> None:
     contexts, kv_lens = GRAPH_SETTINGS[2]
     batch = make_batch(Shape(), contexts, [Path(1, kv_len) for kv_len in kv_lens])

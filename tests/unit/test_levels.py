@@ -112,12 +112,34 @@ def test_new_rows_read_their_own_past_and_the_query_all_contexts(batch: Any) -> 
 @given(batches(decoding=True))
 def test_decoding_is_extending_by_one_row(batch: Any) -> None:
     specs, starts, stops = (list(column) for column in zip(*batch, strict=True))
-    levels = decode_levels(specs, np.array(stops))
+    levels = decode_levels(specs, np.array(stops), list(range(len(batch))))
     _assert_as_the_formula_says(levels, batch)
     assert all(len(indptr) == len(batch) + 1 for indptr in levels.qo_indptr)
     extended = extend_levels(specs, starts, stops)
     for ours, theirs in zip(levels.kv_indptr, extended.kv_indptr, strict=True):
         assert ours.tolist() == theirs.tolist()
+
+
+@given(batches(decoding=True), st.lists(st.integers(1, 3), min_size=6, max_size=6))
+def test_neighbours_over_one_set_of_contexts_read_it_once(batch: Any, copies: list[int]) -> None:
+    repeated = [(i, request) for i, request in enumerate(batch) for _ in range(copies[i])]
+    specs, _, stops = (list(column) for column in zip(*(r for _, r in repeated), strict=True))
+    sets = [None if request[0] is None else ("set", i) for i, request in repeated]
+    levels = decode_levels(specs, np.array(stops), sets)
+    rows = iter(_visible(levels))
+    for spec, stop in zip(specs, stops, strict=True):
+        _, path, contexts, _, _ = next(rows)
+        assert (path, contexts) == _expected(spec, stop - 1)
+    read = sum(sum(spec.context_lens) for spec, _, _ in batch if spec)
+    assert levels.kv_indptr[0][-1] == read
+    assert levels.qo_indptr[1].tolist() == list(range(len(specs) + 1))
+
+
+def test_equal_sets_that_are_no_neighbours_are_read_apart() -> None:
+    spec = ApeSpec(2, (3, 4), 0.9, 0.9, "set")
+    levels = decode_levels([spec, None, spec], np.array([10, 5, 11]), ["a", None, "a"])
+    assert levels.qo_indptr[0].tolist() == [0, 1, 2, 3]
+    assert levels.kv_indptr[0].tolist() == [0, 7, 7, 14]
 
 
 @given(batches(decoding=False))
