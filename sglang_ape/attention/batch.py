@@ -1,4 +1,4 @@
-"""The specs of the batch whose forward pass comes next, and its positions.
+"""The requests of the batch whose forward pass comes next, and its positions.
 
 SGLang rebuilds ``ForwardBatch`` on its way to the attention backend and drops attributes it does
 not know, so the hook on ``ForwardBatch.init_new`` leaves the specs here and the backend of the
@@ -29,10 +29,10 @@ _rids: list[str] = []
 _batch: ApeBatch | None = None
 
 
-def begin_batch(rids: list[str], batch: ApeBatch) -> None:
-    """Remember what the next forward pass is about; a batch of plain requests clears it."""
+def begin_batch(rids: list[str], batch: ApeBatch | None) -> None:
+    """Remember what the next forward pass is about; None for a batch of plain requests."""
     global _rids, _batch
-    _rids, _batch = rids, batch if any(batch.specs) else None
+    _rids, _batch = rids, batch
 
 
 def ape_batch(rids: Sequence[str] | None) -> ApeBatch | None:
@@ -86,6 +86,9 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
     if not model_runner.server_args.enable_ape:
         return
     specs = [spec_of(req) for req in batch.reqs]
+    if not any(specs):
+        begin_batch([], None)
+        return
     # SGLang's cache key separates tenants and LoRA adapters, whose KV differs.
     sets = [
         (req.extra_key, spec.namespace) if spec else None
@@ -93,7 +96,7 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
     ]
     begin_batch([req.rid for req in batch.reqs], ApeBatch(specs, sets))
     positions = forward_batch.positions
-    if not any(specs) or positions is None or positions.numel() == 0:
+    if positions is None or positions.numel() == 0:
         return
     if forward_batch.forward_mode.is_decode():
         hidden = torch.tensor([spec.hidden_tokens if spec else 0 for spec in specs])
