@@ -32,10 +32,12 @@ def reorder_contexts(req: Any, spec: ApeSpec, order: Sequence[int]) -> ApeSpec:
     lens, starts = spec.context_lens, spec.context_starts
 
     def permuted(ids: array) -> array:
-        out = ids[: spec.prefix_len]
+        out = ids[:]
+        source, target, at = memoryview(ids), memoryview(out), spec.prefix_len
         for i in order:
-            out += ids[starts[i] : starts[i] + lens[i]]
-        return out + ids[spec.context_end :]
+            target[at : at + lens[i]] = source[starts[i] : starts[i] + lens[i]]
+            at += lens[i]
+        return out
 
     shared = req.origin_input_ids_unpadded is req.origin_input_ids
     req.origin_input_ids = permuted(req.origin_input_ids)

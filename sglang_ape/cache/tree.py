@@ -156,7 +156,7 @@ class ApeRadixCache(RadixCache):
         if sum(map(len, values)) < spec.prefix_len:
             return self._result(values, handle, limit)
 
-        found = self._match_all(req, spec, prefix_node, ids, extra_key)
+        found = self._match_all(prefix_node, spec, ids, extra_key)
         if found is None:
             found = self._match_some(req, spec, prefix_node, ids, extra_key)
         values = values + found.values
@@ -170,22 +170,16 @@ class ApeRadixCache(RadixCache):
         return self._result(values, handle, limit)
 
     def _match_all(
-        self,
-        req: Any,
-        spec: ApeSpec,
-        prefix_node: TreeNode,
-        ids: array,
-        extra_key: str | None,
+        self, prefix_node: TreeNode, spec: ApeSpec, ids: array, extra_key: str | None
     ) -> _Found | None:
         """The contexts if every one is in the tree whole, the usual case, else None.
 
         Nodes are picked by first token and length, and the tokens of all compared at once.
         """
-        path: list[TreeNode] = []
-        paths: list[list[TreeNode]] = []
+        path, ends = [], []
         row = slice(spec.prefix_len, spec.context_end)
         for start, stop in zip(spec.context_starts, spec.context_stops, strict=True):
-            node, first = prefix_node, len(path)
+            node = prefix_node
             while start < stop:
                 node = node.children.get(_child_key(extra_key, ids[start]))
                 if node is None:
@@ -194,21 +188,14 @@ class ApeRadixCache(RadixCache):
                 start += len(node.key.token_ids)
             if start > stop:
                 return None
-            paths.append(path[first:])
+            ends.append(node)
         cached = np.frombuffer(b"".join([node.key.token_ids for node in path]), np.int64)
         if not np.array_equal(cached, np.frombuffer(ids, np.int64)[row]):
             return None
         now = time.monotonic()
         for node in path:
             node.last_access_time = now
-        order = cached_first(
-            spec.context_lens, spec.context_lens, [nodes[-1].id for nodes in paths]
-        )
-        if order != list(range(len(order))) and _may_reorder(req, spec):
-            reorder_contexts(req, spec, order)
-            paths = [paths[i] for i in order]
-        values = [node.value for nodes in paths for node in nodes]
-        return _Found(values, tuple(nodes[-1] for nodes in paths), True)
+        return _Found([node.value for node in path], tuple(ends), True)
 
     def _match_some(
         self,
@@ -220,9 +207,8 @@ class ApeRadixCache(RadixCache):
     ) -> _Found:
         """The longest run of cached contexts at the head of the row, reordered if it may be."""
         hits = self._match_contexts(prefix_node, spec, ids, extra_key)
-        cached, ages = zip(*((hit.length, hit.node.id) for hit in hits), strict=True)
-        order = cached_first(cached, spec.context_lens, ages)
-        if order != list(range(len(order))) and _may_reorder(req, spec):
+        order = cached_first([hit.length for hit in hits], spec.context_lens)
+        if _may_reorder(req, spec) and order != list(range(len(order))):
             spec = reorder_contexts(req, spec, order)
             hits = [hits[i] for i in order]
 
