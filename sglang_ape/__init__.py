@@ -1,7 +1,12 @@
 """Adaptive Parallel Encoding (APE) served by SGLang.
 
 The paper: Yang, Chen, Chen, "APE: Faster and Longer Context-Augmented Generation via Adaptive
-Parallel Encoding", ICLR 2025. Importing this package imports neither torch nor SGLang.
+Parallel Encoding", ICLR 2025. Importing this package imports neither torch nor SGLang; it adds
+``sgl.parallel_contexts`` to SGLang's frontend language, now or as soon as SGLang is imported.
 """
 
+from sglang_ape.frontend.attach import attach_to_sglang
+
 __version__ = "0.1.0"
+
+attach_to_sglang()

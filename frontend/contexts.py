@@ -1,0 +1,97 @@
+"""The contexts of one program: checked, and put into the bodies of its requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from sglang_ape.arguments import MAX_SCALE, MAX_TEMPERATURE
+from sglang_ape.errors import ApeRequestError
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What ``sgl.parallel_contexts`` was called with.
+
+    Attributes:
+        documents: one or more texts, none of them empty.
+        options: the field ``ape`` of a request; empty where the server's defaults hold.
+    """
+
+    documents: list[str]
+    options: dict[str, float]
+
+
+def check_contexts(documents: Any, temperature: Any, scale: Any) -> Contexts:
+    """Refuse early, in the program, what the server would refuse.
+
+    Raises:
+        ApeRequestError: an argument is malformed or out of range.
+    """
+    if not isinstance(documents, list | tuple):
+        raise _error("documents", f"must be a list of strings, got {type(documents).__name__}")
+    if not documents:
+        raise _error("documents", "must not be empty")
+    for i, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise _error(f"documents[{i}]", f"must be a string, got {type(document).__name__}")
+        if not document:
+            raise _error(f"documents[{i}]", "must not be empty")
+    options = {}
+    if temperature is not None:
+        options["temperature"] = _number("temperature", temperature)
+        if not 0 < options["temperature"] <= MAX_TEMPERATURE:
+            raise _error("temperature", f"must be in (0, {MAX_TEMPERATURE:g}], got {temperature}")
+    if scale is not None:
+        options["scale"] = _number("scale", scale)
+        if not 0 <= options["scale"] <= MAX_SCALE:
+            raise _error("scale", f"must be in [0, {MAX_SCALE:g}], got {scale}")
+    return Contexts(list(documents), options)
+
+
+def request_fields(contexts: Contexts, prefix: str, text: str | list[str]) -> dict[str, Any]:
+    """The fields of a ``/generate`` body that take the place of ``text``.
+
+    Args:
+        contexts: the contexts of the program.
+        prefix: the program's text where they stand, P. The server has a default for an empty one.
+        text: the program's whole text, or several that begin alike (``select``).
+
+    Raises:
+        ApeRequestError: nothing follows the contexts, or the text before them has changed.
+    """
+    texts = [text] if isinstance(text, str) else text
+    queries = [_query(prefix, one) for one in texts]
+    fields: dict[str, Any] = {"text": queries, "contexts": [contexts.documents] * len(queries)}
+    if isinstance(text, str):
+        fields = {"text": queries[0], "contexts": contexts.documents}
+    if prefix:
+        fields["prefix"] = prefix
+    if contexts.options:
+        fields["ape"] = contexts.options
+    return fields
+
+
+def _query(prefix: str, text: str) -> str:
+    if not text.startswith(prefix):
+        raise ApeRequestError(
+            "the text before parallel_contexts has changed since they were placed", "prefix"
+        )
+    if len(text) == len(prefix):
+        raise ApeRequestError(
+            "nothing follows parallel_contexts: the program needs some text, such as the "
+            "question, between it and the next gen or select",
+            "text",
+        )
+    return text[len(prefix) :]
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise _error(name, f"must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _error(argument: str, problem: str) -> ApeRequestError:
+    return ApeRequestError(f"parallel_contexts: {argument} {problem}", argument)

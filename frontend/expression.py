@@ -1,0 +1,50 @@
+"""``sgl.parallel_contexts``: one more expression of SGLang's frontend language."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sglang.lang.ir import SglExpr, SglExprList
+
+
+class SglParallelContexts(SglExpr):
+    """Where the contexts of a program stand, and what they are.
+
+    The arguments are checked when the program runs: a program that SGLang merely traces gets
+    stand-ins for them.
+    """
+
+    def __init__(self, documents: Sequence[str], temperature: Any, scale: Any) -> None:
+        super().__init__()
+        self.documents = documents
+        self.temperature = temperature
+        self.scale = scale
+
+    def __repr__(self) -> str:
+        return f"ParallelContexts({self.documents!r})"
+
+
+def parallel_contexts(
+    documents: Sequence[str], temperature: float | None = None, scale: float | None = None
+) -> SglParallelContexts:
+    """Texts that are encoded independently of each other, at this place of a program.
+
+    The program's text before is their prefix P, its text behind is the query Q, which attends to
+    all of them at once. A program may use it once.
+
+    Args:
+        documents: the contexts; a list of strings.
+        temperature: T of this program, 0 < T <= 10; by default the server's.
+        scale: S of this program, 0 <= S <= 10; by default the server's.
+    """
+    return SglParallelContexts(documents, temperature, scale)
+
+
+def uses(expr: Any) -> Iterator[SglParallelContexts]:
+    """Every ``parallel_contexts`` in an expression."""
+    if isinstance(expr, SglParallelContexts):
+        yield expr
+    elif isinstance(expr, SglExprList):
+        for part in expr.expr_list:
+            yield from uses(part)
