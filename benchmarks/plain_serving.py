@@ -113,7 +113,7 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 def _show(result: dict[str, Any]) -> None:
     kinds = list(result["rounds"])
     print(f"{'':20}" + "".join(f"{kind:>12}" for kind in kinds) + f"{'ratio':>12}")
-    rows = [(name, [result["startup"][kind] for kind in kinds]) for name in ("start-up, s",)]
+    rows = [("start-up, s", [result["startup"][kind] for kind in kinds])]
     for figure in FIGURES:
         medians = [
             statistics.median(run[figure] for run in result["rounds"][kind]) for kind in kinds
