@@ -46,6 +46,20 @@ FLAGS = (
         "Tokens that the contexts of one request may hold in all; may exceed the model's window, "
         "which is the default. Every request slot reserves 4 bytes for each.",
     ),
+    Flag(
+        "ape_max_pinned_tokens",
+        Optional[int],  # noqa: UP045
+        None,
+        "KV tokens that pinned contexts may hold in all. Default: half of the KV pool, or less so "
+        "that a request of the model's whole window still fits beside them.",
+    ),
+    Flag(
+        "ape_store_max_tokens",
+        int,
+        1 << 24,
+        "Tokens of contexts that the server knows by id, at 4 bytes each; every context counts "
+        "256 more. Beyond it the least recently used are forgotten.",
+    ),
 )
 
 
@@ -133,6 +147,12 @@ def apply_defaults(args: Any) -> None:
     if args.ape_max_context_tokens is not None and args.ape_max_context_tokens < 1:
         given = args.ape_max_context_tokens
         raise ValueError(f"--ape-max-context-tokens must be positive, got {given}")
+    if args.ape_max_pinned_tokens is not None and args.ape_max_pinned_tokens < 0:
+        given = args.ape_max_pinned_tokens
+        raise ValueError(f"--ape-max-pinned-tokens must not be negative, got {given}")
+    if args.ape_store_max_tokens < 1:
+        given = args.ape_store_max_tokens
+        raise ValueError(f"--ape-store-max-tokens must be positive, got {given}")
     refuse_combinations(args)
     args.page_size = 1
     args.radix_cache_backend = TREE_BACKEND

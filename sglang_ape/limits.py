@@ -22,6 +22,39 @@ class Limits(NamedTuple):
     pool_tokens: int  # tokens that the KV pool holds
     vocab_size: int
 
+    @property
+    def usable_pool_tokens(self) -> int:
+        """Of the pool, what one request can have."""
+        return self.pool_tokens - POOL_MARGIN
+
+    def room_beside(self, pinned_tokens: int) -> int:
+        return self.usable_pool_tokens - pinned_tokens
+
+    def new_tokens(self, positions: int, max_new_tokens: int | None) -> int:
+        """How many tokens an input of so many positions may get as an answer."""
+        left = max(self.window - positions, 0)
+        return left if max_new_tokens is None else min(max_new_tokens, left)
+
+
+# SGLang keeps 6 tokens of the pool back from the longest prompt (managers/tp_worker.py:
+# get_worker_info), and admits a request only with room for a page and one new token.
+POOL_MARGIN = 8
+
+
+def pin_cap(given: int | None, pool_tokens: int, window: int) -> int:
+    """How many KV tokens may be pinned.
+
+    Raises:
+        ValueError: ``--ape-max-pinned-tokens`` leaves nothing of the pool.
+    """
+    if given is None:
+        return max(0, min(pool_tokens // 2, pool_tokens - window - POOL_MARGIN))
+    if given > pool_tokens - POOL_MARGIN:
+        raise ValueError(
+            f"--ape-max-pinned-tokens {given} leaves nothing of the KV pool of {pool_tokens} tokens"
+        )
+    return given
+
 
 def extra_row_tokens(extra: int, server_args: Any) -> int:
     """AFTER hook on ``get_req_to_token_extra_context_len``: widen the page table's rows.
@@ -37,8 +70,31 @@ def around_validate_one_request(
 ) -> None:
     """AROUND hook on ``TokenizerManager._validate_one_request``."""
     spec = _spec_of_input(obj)
+    if spec is None:
+        _check_beside_pins(manager, obj, input_ids)
     positions = input_ids if spec is None else input_ids[spec.hidden_tokens :]
     original(manager, obj, positions)
+
+
+def _check_beside_pins(manager: Any, obj: Any, input_ids: Sequence[int] | None) -> None:
+    """Refuse a plain request that would wait forever for memory that pins keep.
+
+    Possible only where ``--ape-max-pinned-tokens`` was set to leave less than a window. What
+    encodes a context (``store/register.py``) may hold its own pin.
+    """
+    entry = getattr(manager, "ape_entry", None)
+    if entry is None or not entry.store.pinned_tokens or input_ids is None:
+        return
+    if getattr(obj, "ape_encodes", False):
+        return
+    room = entry.limits.room_beside(entry.store.pinned_tokens)
+    new_tokens = (obj.sampling_params or {}).get("max_new_tokens")
+    need = len(input_ids) + entry.limits.new_tokens(len(input_ids), new_tokens)
+    if need > room:
+        raise ValueError(
+            f"The request may come to hold {need} tokens; beside the "
+            f"{entry.store.pinned_tokens} tokens of pinned contexts the KV pool has room for {room}"
+        )
 
 
 def around_init_req_max_new_tokens(original: Callable[..., None], scheduler: Any, req: Any) -> None:

@@ -51,7 +51,7 @@ def hooks() -> tuple[Hook, ...]:
             "AROUND",
             engine.around_async_generate,
         ),
-        Hook(f"{manager}.generate_request", "BEFORE", tokenizer_manager.before_generate_request),
+        Hook(f"{manager}.generate_request", "AROUND", tokenizer_manager.around_generate_request),
         # lengths: count positions, not tokens, against the model's window
         Hook(f"{manager}._validate_one_request", "AROUND", around_validate_one_request),
         Hook(
@@ -60,6 +60,12 @@ def hooks() -> tuple[Hook, ...]:
             around_init_req_max_new_tokens,
         ),
         Hook(f"{srt}.managers.utils.validate_input_length", "AROUND", around_validate_input_length),
+        # the context store: questions to the scheduler
+        Hook(
+            f"{srt}.managers.scheduler.Scheduler.init_request_dispatcher",
+            "AFTER",
+            _after_init_request_dispatcher,
+        ),
         # every forward pass: positions
         Hook(
             f"{srt}.model_executor.forward_batch_info.ForwardBatch.init_new",
@@ -146,6 +152,14 @@ def after_check_server_args(_result: None, args: Any) -> None:
     arguments.refuse_model(config, args.attention_backend)
     if args.ape_max_context_tokens is None:
         args.override("ape", ape_max_context_tokens=config.context_len)
+
+
+def _after_init_request_dispatcher(_result: None, scheduler: Any) -> None:
+    """AFTER hook on ``Scheduler.init_request_dispatcher``."""
+    if scheduler.server_args.enable_ape:
+        from sglang_ape.store.channel import answer_messages
+
+        answer_messages(scheduler)
 
 
 def _register_hook(hook: Hook) -> None:

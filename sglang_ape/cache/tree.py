@@ -24,9 +24,12 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     MatchPrefixParams,
     MatchResult,
 )
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
+from sglang_ape import metrics
 from sglang_ape.cache.order import cached_first
+from sglang_ape.cache.pins import Pins
 from sglang_ape.request import reorder_contexts, spec_of
 from sglang_ape.spec import ApeSpec
 
@@ -59,8 +62,59 @@ class _Found(NamedTuple):
     whole: bool  # all contexts of the row, to their ends
 
 
+class Touched(NamedTuple):
+    """How much of a path P + C is in the tree."""
+
+    length: int  # tokens
+    node: TreeNode | None  # where the path ends; None if it is not in the tree whole
+
+
 class ApeRadixCache(RadixCache):
-    """A radix cache that also matches, locks and stores composite rows."""
+    """A radix cache that also matches, locks and stores composite rows.
+
+    Args:
+        params: as of stock trees.
+        evictions: counts the contexts that lost their KV to others
+            (``prometheus_client.Counter``).
+
+    Attributes:
+        pins: contexts that are not evicted.
+    """
+
+    def __init__(self, params: CacheInitParams, evictions: Any = None) -> None:
+        self.pins = Pins(self)
+        self._evictions = evictions
+        self._context_ends: set[TreeNode] = set()
+        super().__init__(params)
+
+    def reset(self) -> None:
+        super().reset()
+        self._context_ends.clear()
+        self.pins.forget_nodes()
+
+    def look_up(self, ids: array, extra_key: str | None) -> int:
+        """How many leading tokens of a path are in the tree; changes nothing, not even its age."""
+        node, length = self.root_node, 0
+        while length < len(ids):
+            child = node.children.get(_child_key(extra_key, ids[length]))
+            if child is None:
+                break
+            rest = RadixKey(ids[length:], extra_key)
+            matched = child.key.match(rest)
+            length += matched
+            if matched < len(child.key.token_ids):
+                break
+            node = child
+        return length
+
+    def touch(self, ids: array, extra_key: str | None) -> Touched:
+        """Match a path P + C; it counts as used now, and its end as the end of a context."""
+        values, node = self._match_path(self.root_node, RadixKey(ids, extra_key))
+        length = sum(map(len, values))
+        if length < len(ids):
+            return Touched(length, None)
+        self._context_ends.add(node)
+        return Touched(length, node)
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         spec = None if params.req is None else spec_of(params.req)
@@ -133,6 +187,9 @@ class ApeRadixCache(RadixCache):
         spec = spec_of(req)
         if spec is None or self.disable:
             super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
+            if self.pins.any_waiting:
+                ids = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
+                self.pins.stored(ids, req.extra_key)
             return
         if is_insert and not self.disable_finished_insert:
             ids = req.origin_input_ids + req.output_ids
@@ -145,6 +202,13 @@ class ApeRadixCache(RadixCache):
             self.token_to_kv_pool_allocator.free_segment(row.to(torch.int64), start_pos=start)
         if req.last_node is not None:
             self.dec_lock_ref(req.last_node)
+
+    def _delete_leaf(self, node: TreeNode) -> None:
+        if node in self._context_ends:
+            self._context_ends.discard(node)
+            if self._evictions is not None:
+                self._evictions.inc()
+        super()._delete_leaf(node)
 
     def _match_row(
         self, req: Any, spec: ApeSpec, ids: array, extra_key: str | None, limit: int
@@ -280,7 +344,13 @@ class ApeRadixCache(RadixCache):
         ):
             if start >= end:
                 break
-            contexts.append(store(prefix_node, start, min(start + length, end), extra_key))
+            node = store(prefix_node, start, min(start + length, end), extra_key)
+            contexts.append(node)
+            if start + length <= end:
+                self._context_ends.add(node)
+                if self.pins.any_waiting:
+                    path = ids[: spec.prefix_len] + ids[start : start + length]
+                    self.pins.stored(path, extra_key)
         query_node = old.query
         if end > spec.context_end:
             namespace = _query_namespace(extra_key, spec)
@@ -355,4 +425,5 @@ def build_tree_cache(ctx: Any) -> Any:
         )
     if ctx.disable_radix_cache:
         return default_radix_cache_factory(ctx)
-    return ApeRadixCache(ctx.params)
+    counted = ctx.params.enable_metrics and ctx.tp_rank == 0  # the ranks' trees are equal
+    return ApeRadixCache(ctx.params, metrics.context_evictions(ctx) if counted else None)

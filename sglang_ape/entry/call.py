@@ -16,11 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sglang_ape.arguments import MAX_SCALE, MAX_TEMPERATURE
 from sglang_ape.errors import ApeRequestError
+from sglang_ape.metrics import RequestUsage
 
 FIELDS = ("contexts", "prefix", "prefix_ids", "ape")
 
 Ids = array  # of type "I": contexts are checked, joined and hashed without touching every id
 Text = str | Ids  # a text still to be tokenised, or its ids
+
+
+class ContextId(NamedTuple):
+    """A context that the server knows: its tokens come from the context store."""
+
+    id: str
+
+
+Context = Text | ContextId
 
 
 class ApeOptions(BaseModel):
@@ -39,8 +49,8 @@ class ApeOptions(BaseModel):
 class ApeItem(NamedTuple):
     """One APE request as its caller gave it; ``at`` is the index in a batch, as in ``[2]``."""
 
-    contexts: Sequence[Text]
-    prefix: Text | None  # None: the default prefix, or the chat template's
+    contexts: Sequence[Context]
+    prefix: Text | None  # None: that of contexts given by id, the chat template's, or the default
     prefix_name: str  # as the caller wrote it
     options: ApeOptions
     at: str
@@ -69,6 +79,7 @@ class ApeCall:
         batched: whether ``contexts`` was a list of lists.
         door: where the call came in.
         error: set when the call was refused after it had left the door.
+        usage: of each item that has been answered so far, by its index.
     """
 
     def __init__(self, items: list[ApeItem], batched: bool, door: Door) -> None:
@@ -76,6 +87,7 @@ class ApeCall:
         self.batched = batched
         self.door = door
         self.error: ApeRequestError | None = None
+        self.usage: dict[int, RequestUsage] = {}
 
 
 current_call: ContextVar[ApeCall | None] = ContextVar("ape_call", default=None)
@@ -125,12 +137,17 @@ def parse_call(fields: Mapping[str, Any], door: Door) -> ApeCall | None:
 
 def _parse_item(fields: Mapping[str, Any], contexts: Sequence[Any], index: int | None) -> ApeItem:
     at = "" if index is None else f"[{index}]"
-    parsed = [_parse_context(value, f"contexts{at}[{i}]") for i, value in enumerate(contexts)]
-    prefix, prefix_name = _parse_prefix(fields, index)
+    parsed = parse_contexts(contexts, at)
+    prefix, prefix_name = parse_prefix(fields, index)
     return ApeItem(parsed, prefix, prefix_name, _parse_options(fields, index), at)
 
 
-def _parse_context(value: Any, param: str) -> Text:
+def parse_contexts(contexts: Sequence[Any], at: str = "") -> list[Context]:
+    """The contexts of one request, in any of their forms; ``at`` is its index in a batch."""
+    return [_parse_context(value, f"contexts{at}[{i}]") for i, value in enumerate(contexts)]
+
+
+def _parse_context(value: Any, param: str) -> Context:
     if isinstance(value, str):
         return _parse_text(value, param)
     if not isinstance(value, dict):
@@ -148,9 +165,11 @@ def _parse_context(value: Any, param: str) -> Text:
         return _parse_text(value["text"], f"{param}.text")
     if "input_ids" in value:
         return parse_ids(value["input_ids"], f"{param}.input_ids")
-    raise ApeRequestError(
-        f"{param}.id: no context is known as {_shown(value['id'])}", f"{param}.id"
-    )
+    if not isinstance(value["id"], str):
+        raise ApeRequestError(
+            f"{param}.id must be a string, got {_kind(value['id'])}", f"{param}.id"
+        )
+    return ContextId(check_text(value["id"], f"{param}.id"))
 
 
 def _parse_text(value: Any, param: str) -> str:
@@ -202,7 +221,8 @@ def numbers_of(ids: Ids) -> np.ndarray:
     return np.frombuffer(ids, np.uint32)
 
 
-def _parse_prefix(fields: Mapping[str, Any], index: int | None) -> tuple[Text | None, str]:
+def parse_prefix(fields: Mapping[str, Any], index: int | None = None) -> tuple[Text | None, str]:
+    """P as it was given, None if it was not, and the name of its field."""
     text, ids = fields.get("prefix"), fields.get("prefix_ids")
     if text is not None and ids is not None:
         raise ApeRequestError("give prefix or prefix_ids, not both", "prefix_ids")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sglang_ape.entry.call import ENGINE, FIELDS, ApeCall, current_call, parse_call
-from sglang_ape.entry.tokenizer_manager import make_entry
+from sglang_ape.entry.tokenizer_manager import Entry, make_entry
 from sglang_ape.errors import ApeRequestError
 
 
@@ -38,11 +38,17 @@ def _take_call(engine: Any, kwargs: dict[str, Any]) -> ApeCall | None:
     if not engine.server_args.enable_ape:
         name = next(iter(fields))
         raise ApeRequestError(f"{name} needs an engine made with enable_ape=True", name)
+    entry_of(engine)
+    return parse_call(fields, ENGINE)
+
+
+def entry_of(engine: Any) -> Entry:
+    """The entry of a running engine with APE, made on first use."""
     manager = engine.tokenizer_manager
     if not hasattr(manager, "ape_entry"):
         info = engine._scheduler_init_result.scheduler_infos[0]
         manager.ape_entry = make_entry(manager, info["max_total_num_tokens"], with_chat=False)
-    return parse_call(fields, ENGINE)
+    return manager.ape_entry
 
 
 @contextmanager

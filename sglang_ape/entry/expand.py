@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sglang_ape.entry.call import ApeItem, Ids, Text, check_text, numbers_of
+from sglang_ape.entry.call import ApeItem, Context, ContextId, Ids, Text, check_text
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.spec import ApeSpec
@@ -59,8 +59,11 @@ def encode_prefix(tokenizer: Any, prefix: Text | None, name: str) -> Ids:
     return newlines if bos is None else array("I", [bos]) + newlines
 
 
-def encode_contexts(tokenizer: Any, contexts: Sequence[Text], at: str) -> list[Ids]:
-    """Token ids of each context, tokenised by itself and without special tokens."""
+def encode_contexts(tokenizer: Any, contexts: Sequence[Context], at: str) -> list[Ids | ContextId]:
+    """Token ids of each context, tokenised by itself and without special tokens.
+
+    Contexts given by id stay as they are.
+    """
     texts = [context for context in contexts if isinstance(context, str)]
     encoded: list[list[int]] = []
     if texts:
@@ -94,8 +97,7 @@ def build_row(
     temperature = defaults.temperature if options.temperature is None else options.temperature
     temperature = max(temperature, _MIN_TEMPERATURE)
     scale = defaults.scale if options.scale is None else options.scale
-    row = _joined(prefix, contexts, query).astype(np.int64)
-    ids = array("q", row.tobytes())
+    ids = joined_ids(prefix, *contexts, query)
     if len(contexts) == 1 and temperature == 1 and scale == 1:
         return Row(ids, None)
     spec = ApeSpec(
@@ -145,7 +147,7 @@ def check_row(
     """
     if not query:
         raise ApeRequestError(f"{names.query} must not be empty", names.query)
-    if _joined(prefix, contexts, query).max() >= limits.vocab_size:
+    if _numbers((prefix, *contexts, query)).max() >= limits.vocab_size:
         _check_vocabulary(prefix, names.prefix, limits.vocab_size)
         _check_vocabulary(query, names.query, limits.vocab_size)
         for i, context in enumerate(contexts):
@@ -175,26 +177,44 @@ def check_row(
             names.new_tokens,
         )
     tokens = len(prefix) + total + len(query)
-    if tokens + _POOL_MARGIN > limits.pool_tokens:
+    if tokens > limits.usable_pool_tokens:
         raise ApeRequestError(
             f"the request holds {tokens} tokens in all; the KV pool has room for "
-            f"{limits.pool_tokens - _POOL_MARGIN}",
+            f"{limits.usable_pool_tokens}",
             names.contexts,
         )
 
 
-# SGLang keeps 6 tokens of the pool back from the longest prompt (managers/tp_worker.py:
-# get_worker_info), and admits a request only with room for a page and one new token.
-_POOL_MARGIN = 8
+def check_contexts(prefix: Ids, contexts: Sequence[Ids], limits: Limits) -> None:
+    """Refuse contexts that no request could use: each must fit, with a query of one token.
 
-
-def _check_vocabulary(ids: Ids, param: str, vocab_size: int) -> None:
-    for token in ids:
-        if token >= vocab_size:
+    Raises:
+        ApeRequestError: with the numbers.
+    """
+    _check_vocabulary(prefix, "prefix", limits.vocab_size)
+    room = min(limits.window - 2, limits.usable_pool_tokens - 1, limits.context_tokens)
+    for i, context in enumerate(contexts):
+        _check_vocabulary(context, f"contexts[{i}]", limits.vocab_size)
+        if len(prefix) + len(context) > room:
             raise ApeRequestError(
-                f"{param} holds token id {token}, outside the vocabulary of {vocab_size}", param
+                f"contexts[{i}]: prefix ({len(prefix)}) and context ({len(context)}) take "
+                f"{len(prefix) + len(context)} tokens; there is room for {room} beside a query",
+                f"contexts[{i}]",
             )
 
 
-def _joined(prefix: Ids, contexts: Sequence[Ids], query: Ids) -> np.ndarray:
-    return np.concatenate([numbers_of(part) for part in (prefix, *contexts, query)])
+def _check_vocabulary(ids: Ids, param: str, vocab_size: int) -> None:
+    largest = _numbers([ids]).max(initial=0)
+    if largest >= vocab_size:
+        raise ApeRequestError(
+            f"{param} holds token id {largest}, outside the vocabulary of {vocab_size}", param
+        )
+
+
+def joined_ids(*parts: Ids) -> array:
+    """The parts in one array of type "q", the form in which SGLang's scheduler gets ids."""
+    return array("q", _numbers(parts).astype(np.int64).tobytes())
+
+
+def _numbers(parts: Iterable[Ids]) -> np.ndarray:
+    return np.frombuffer(b"".join(parts), np.uint32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import MutableMapping
 from typing import Any
 
 import orjson
@@ -27,6 +28,7 @@ from sglang_ape.entry.call import (
     parse_call,
 )
 from sglang_ape.entry.expand import encode_contexts
+from sglang_ape.entry.report import with_usage
 from sglang_ape.entry.tokenizer_manager import Entry, make_entry
 from sglang_ape.errors import ApeRequestError
 
@@ -54,9 +56,14 @@ def before_run_http_server(
         return
     from sglang.srt.entrypoints.http_server import app
 
+    from sglang_ape.store.routes import add_routes, chat_renderer
+    from sglang_ape.store.service import ContextService
+
     pool_tokens = scheduler_infos[0]["max_total_num_tokens"]
     entry = make_entry(tokenizer_manager, pool_tokens, with_chat=True)
     tokenizer_manager.ape_entry = entry
+    render = None if entry.marker is None else chat_renderer(app, entry.marker)
+    add_routes(app, ContextService(entry, render))
     app.user_middleware.append(Middleware(ApeMiddleware, entry=entry))
 
 
@@ -73,7 +80,7 @@ class ApeMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            whole = await _read_body(receive)
+            whole = await read_body(receive)
             if whole is None:  # the client has gone
                 return
             call, body = None, whole
@@ -87,14 +94,14 @@ class ApeMiddleware:
         # Set for plain requests too: a server may handle one in the context of an earlier call.
         token = current_call.set(call)
         try:
-            guard = send if call is None else _Guard(call, scope, receive, send)
+            guard = send if call is None else _Guard(call, door, scope, receive, send)
             await self.app(_with_length(scope, body), replay, guard)
         finally:
             current_call.reset(token)
 
     def _take_fields(self, door: Door, body: bytes) -> tuple[ApeCall | None, bytes]:
         """Check and remove the APE fields; the rest of the body goes on to SGLang."""
-        fields = _parse_json(body)
+        fields = parse_json(body)
         call = parse_call(fields, door) if isinstance(fields, dict) else None
         if call is None:
             return None, body
@@ -135,10 +142,15 @@ class _Guard:
 
     SGLang answers a refused stream with status 200 and an error event; the start of the answer is
     therefore held back until its first byte shows whether the call was accepted.
+
+    On the OpenAI routes, whose models know no further fields, it also adds the contexts' usage.
     """
 
-    def __init__(self, call: ApeCall, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, call: ApeCall, door: Door, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         self._call = call
+        self._door = door
         self._connection = (scope, receive, send)
         self._start: Message | None = None
         self._refused = False
@@ -154,8 +166,12 @@ class _Guard:
             self._refused = True
             await _refuse(self._call.error, *self._connection)
             return
+        if self._door is not NATIVE:
+            message = {**message, "body": with_usage(message.get("body", b""), self._call.usage)}
         if self._start is not None:
             start, self._start = self._start, None
+            if not message.get("more_body", False):
+                start = _with_length(start, message["body"])
             await send(start)
         await send(message)
 
@@ -166,7 +182,7 @@ def _door(scope: Scope) -> Door | None:
     return ROUTES.get(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
-async def _read_body(receive: Receive) -> bytes | None:
+async def read_body(receive: Receive) -> bytes | None:
     """The whole body, None if the client went away.
 
     Raises:
@@ -193,7 +209,7 @@ async def _read_body(receive: Receive) -> bytes | None:
     return b"".join(chunks)
 
 
-def _parse_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as first:
@@ -205,9 +221,9 @@ def _parse_json(body: bytes) -> Any:
             raise ApeRequestError(f"the body is not valid JSON: {first}", None) from None
 
 
-def _with_length(scope: Scope, body: bytes) -> Scope:
-    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+def _with_length(message: MutableMapping[str, Any], body: bytes) -> MutableMapping[str, Any]:
+    headers = [(name, value) for name, value in message["headers"] if name != b"content-length"]
+    return {**message, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
 async def _refuse(error: ApeRequestError, scope: Scope, receive: Receive, send: Send) -> None:

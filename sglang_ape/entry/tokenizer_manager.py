@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sglang_ape import metrics
 from sglang_ape.entry import expand
-from sglang_ape.entry.call import ApeCall, ApeItem, Door, current_call, parse_ids
+from sglang_ape.entry.call import ApeCall, ApeItem, Door, Ids, current_call, parse_ids
 from sglang_ape.entry.chat import ContextMarker
+from sglang_ape.entry.known import resolve
+from sglang_ape.entry.report import RowParts, reported
 from sglang_ape.errors import ApeRequestError
-from sglang_ape.limits import Limits
+from sglang_ape.limits import Limits, pin_cap
 from sglang_ape.spec import CUSTOM_PARAM_KEYS
+from sglang_ape.store.contexts import ContextStore, Tenant
+
+if TYPE_CHECKING:
+    from sglang_ape.store.register import Registry
+
+logger = logging.getLogger(__name__)
 
 _FORBIDDEN_BESIDE_CONTEXTS = (
     "image_data",
@@ -29,6 +40,9 @@ class Entry(NamedTuple):
     limits: Limits
     defaults: expand.Defaults
     marker: ContextMarker | None  # only where there are chat routes
+    store: ContextStore
+    registry: Registry | None = None  # None without an engine behind
+    metrics: metrics.EntryMetrics | None = None
     logs_requests: bool = False  # SGLang's log shortens lists, and prints arrays whole
 
 
@@ -39,9 +53,18 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
         manager: its ``TokenizerManager``.
         pool_tokens: tokens of the scheduler's KV pool.
         with_chat: whether chat templates will be rendered.
+
+    Raises:
+        ValueError: a flag does not fit the size of the pool.
     """
+    from sglang_ape.store.register import Registry  # it imports SGLang
+
     args, config = manager.server_args, manager.model_config
     tokenizer = manager.tokenizer
+    pinned = pin_cap(args.ape_max_pinned_tokens, pool_tokens, config.context_len)
+    logger.info("APE: up to %d of %d KV tokens can be pinned", pinned, pool_tokens)
+    store = ContextStore(args.served_model_name, args.ape_store_max_tokens, pinned)
+    counted = metrics.entry_metrics(manager)
     return Entry(
         tokenizer=tokenizer,
         limits=Limits(
@@ -52,27 +75,40 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
         ),
         defaults=expand.Defaults(args.ape_temperature, args.ape_scale),
         marker=ContextMarker(tokenizer) if with_chat and tokenizer is not None else None,
+        store=store,
+        registry=Registry(manager, store, counted),
+        metrics=counted,
         logs_requests=args.log_requests,
     )
 
 
-def before_generate_request(manager: Any, obj: Any, request: Any = None) -> None:
-    """BEFORE hook on ``TokenizerManager.generate_request``: turn an APE call into token rows."""
+def around_generate_request(
+    original: Callable[..., Any], manager: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
+    """AROUND hook on ``TokenizerManager.generate_request``: turn an APE call into token rows."""
     if not manager.server_args.enable_ape:
-        return
+        return original(manager, obj, request)
     call = current_call.get()
     try:
         _refuse_reserved_params(obj)
-        if call is not None:
-            apply_call(manager.ape_entry, call, obj)
+        if call is None:
+            return original(manager, obj, request)
+        rows = apply_call(manager.ape_entry, call, obj)
     except ApeRequestError as error:
         if call is not None:
             call.error = error
         raise
+    params = obj.sampling_params
+    samples = (params[0] if isinstance(params, list) else params).get("n", 1)
+    answers = original(manager, obj, request)
+    return reported(answers, rows, samples, call, manager.ape_entry.metrics)
 
 
-def apply_call(entry: Entry, call: ApeCall, obj: Any) -> None:
+def apply_call(entry: Entry, call: ApeCall, obj: Any) -> list[RowParts]:
     """Replace the text or ids of ``obj`` (a ``GenerateReqInput``, not yet normalised) by rows.
+
+    Returns:
+        What each row is made of.
 
     Raises:
         ApeRequestError: the request cannot be served.
@@ -90,10 +126,13 @@ def apply_call(entry: Entry, call: ApeCall, obj: Any) -> None:
         raise ApeRequestError(f"{name} needs {wanted}, got {got}", "contexts")
 
     sampling = _sampling_params(obj.sampling_params, len(queries))
-    rows = []
+    rows, parts = [], []
     for i, (item, query, params) in enumerate(zip(call.items, queries, sampling, strict=True)):
         query_name = f"{name}[{i}]" if batched else name
-        row = _row(entry, call.door, item, query, params.get("max_new_tokens"), query_name)
+        tenant = Tenant(*(_of_item(getattr(obj, own, None), i) for own in Tenant._fields))
+        new_tokens = params.get("max_new_tokens")
+        row, of_row = _row(entry, call.door, item, tenant, query, new_tokens, query_name)
+        parts.append(of_row)
         if row.spec is not None:
             custom = params.get("custom_params") or {}
             if not isinstance(custom, dict):
@@ -106,27 +145,72 @@ def apply_call(entry: Entry, call: ApeCall, obj: Any) -> None:
     ids = [row.tolist() for row in rows] if as_lists else rows
     obj.input_ids = ids if batched else ids[0]
     obj.sampling_params = sampling if batched else sampling[0]
+    return parts
 
 
 def _row(
-    entry: Entry, door: Door, item: ApeItem, query: Any, max_new_tokens: Any, query_name: str
-) -> expand.Row:
+    entry: Entry,
+    door: Door,
+    item: ApeItem,
+    tenant: Tenant,
+    query: Any,
+    max_new_tokens: Any,
+    query_name: str,
+) -> tuple[expand.Row, RowParts]:
+    given = None
+    prefix_name = item.prefix_name
     if door.chat:
         assert entry.marker is not None  # the HTTP door marked the messages with it
-        prefix, query = (array("I", ids) for ids in entry.marker.split(query))
+        given, query = (array("I", ids) for ids in entry.marker.split(query))
         prefix_name = door.text
     else:
-        prefix = expand.encode_prefix(entry.tokenizer, item.prefix, item.prefix_name)
-        prefix_name = item.prefix_name
+        if item.prefix is not None:
+            given = expand.encode_prefix(entry.tokenizer, item.prefix, item.prefix_name)
         if isinstance(query, str):
             query = expand.encode_text(entry.tokenizer, query, query_name)
         else:
             query = parse_ids(query, query_name, allow_empty=True)
-    contexts = expand.encode_contexts(entry.tokenizer, item.contexts, item.at)
+    encoded = expand.encode_contexts(entry.tokenizer, item.contexts, item.at)
+    prefix, contexts = resolve(entry.store, tenant, given, encoded, item.at)
+    if prefix is None:
+        prefix = expand.encode_prefix(entry.tokenizer, None, item.prefix_name)
     names = expand.Names(prefix_name, f"contexts{item.at}", query_name, door.new_tokens)
     new_tokens = max_new_tokens if isinstance(max_new_tokens, int) else None
     expand.check_row(prefix, contexts, query, new_tokens, entry.limits, names)
-    return expand.build_row(prefix, contexts, query, item, entry.defaults)
+    if entry.store.pinned_tokens:
+        _check_beside_pins(entry, tenant, prefix, contexts, query, new_tokens, names)
+    parts = RowParts(len(prefix), tuple(map(len, contexts)))
+    return expand.build_row(prefix, contexts, query, item, entry.defaults), parts
+
+
+def _check_beside_pins(
+    entry: Entry,
+    tenant: Tenant,
+    prefix: Ids,
+    contexts: list[Ids],
+    query: Ids,
+    max_new_tokens: int | None,
+    names: expand.Names,
+) -> None:
+    """Refuse a row that would wait forever for memory that pins keep."""
+    lens = list(map(len, contexts))
+    positions = len(prefix) + max(lens) + len(query)
+    tokens = len(prefix) + sum(lens) + len(query)
+    room = entry.limits.room_beside(entry.store.pinned_tokens)
+    need = tokens + entry.limits.new_tokens(positions, max_new_tokens)
+    if need <= room:
+        return
+    need -= entry.store.pinned_part(tenant, prefix, contexts)
+    if need > room:
+        raise ApeRequestError(
+            f"the request may come to hold {need} tokens that are not pinned; beside the pinned "
+            f"{entry.store.pinned_tokens} the KV pool has room for {room}",
+            names.contexts,
+        )
+
+
+def _of_item(value: Any, i: int) -> Any:
+    return value[i] if isinstance(value, list) else value
 
 
 def _queries(obj: Any) -> tuple[list[Any], bool]:

@@ -129,7 +129,6 @@ def test_an_empty_list_of_contexts_is_refused() -> None:
         ({"input_ids": [1, True]}, "contexts[1].input_ids"),
         ({"input_ids": [1, None]}, "contexts[1].input_ids"),
         ({"input_ids": [[1]]}, "contexts[1].input_ids"),
-        ({"id": "ctx-unknown"}, "contexts[1].id"),
         ({"id": 5}, "contexts[1].id"),
         (SURROGATE, "contexts[1]"),
         ({"text": SURROGATE}, "contexts[1].text"),

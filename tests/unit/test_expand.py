@@ -22,10 +22,11 @@ from sglang_ape.entry.call import (
     parse_call,
 )
 from sglang_ape.entry.expand import Defaults, Names, Row
-from sglang_ape.entry.tokenizer_manager import Entry, apply_call, before_generate_request
+from sglang_ape.entry.tokenizer_manager import Entry, apply_call, around_generate_request
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.spec import CUSTOM_PARAM_KEYS, ApeSpec
+from sglang_ape.store.contexts import ContextStore
 
 BOS, START = 1, 2
 VOCAB = 1000
@@ -54,8 +55,12 @@ def ids_of(text: str) -> list[int]:
     return [ord(char) for char in text if char != "\0"]  # NUL is a text without tokens
 
 
+def make_store() -> ContextStore:
+    return ContextStore("model", 10_000, 0)
+
+
 def make_entry(tokenizer: Any = None, limits: Limits = LIMITS) -> Entry:
-    return Entry(tokenizer or CharTokenizer(), limits, DEFAULTS, None)
+    return Entry(tokenizer or CharTokenizer(), limits, DEFAULTS, None, make_store())
 
 
 def make_item(temperature: float | None = None, scale: float | None = None) -> ApeItem:
@@ -458,7 +463,7 @@ def test_a_lone_surrogate_in_the_query_is_refused() -> None:
 
 
 def test_an_engine_without_tokenizer_wants_ids() -> None:
-    entry = Entry(None, LIMITS, DEFAULTS, None)
+    entry = Entry(None, LIMITS, DEFAULTS, None, make_store())
     ids = {"contexts": [{"input_ids": [5]}, {"input_ids": [6]}], "prefix_ids": [4]}
     assert listed(apply(make_obj(input_ids=[7]), ids, entry).input_ids) == [4, 5, 6, 7]
     texts = {**ids, "contexts": ["a"]}
@@ -569,6 +574,10 @@ def test_a_chat_is_cut_at_the_marker() -> None:
 # ---------------------------------------------------------------- the hook
 
 
+def never(*_: Any) -> None:
+    """Stands where SGLang's ``generate_request`` is called."""
+
+
 def make_manager(enable_ape: bool = True) -> SimpleNamespace:
     args = SimpleNamespace(enable_ape=enable_ape)
     return SimpleNamespace(server_args=args, ape_entry=make_entry())
@@ -580,7 +589,7 @@ def test_reserved_params_are_refused_in_every_request(key: str, as_list: bool) -
     params: Any = {"custom_params": {key: 1}}
     obj = make_obj(text="q", sampling_params=[{}, params] if as_list else params)
     with pytest.raises(ApeRequestError) as caught:
-        before_generate_request(make_manager(), obj)
+        around_generate_request(never, make_manager(), obj)
     assert caught.value.param == "custom_params"
     assert key in str(caught.value)
 
@@ -588,13 +597,13 @@ def test_reserved_params_are_refused_in_every_request(key: str, as_list: bool) -
 def test_a_plain_request_passes_the_hook_untouched() -> None:
     obj = make_obj(text="q", sampling_params={"custom_params": {"mine": 1}})
     before = dict(vars(obj))
-    before_generate_request(make_manager(), obj)
+    around_generate_request(never, make_manager(), obj)
     assert vars(obj) == before
 
 
 def test_a_server_without_ape_is_left_alone() -> None:
     obj = make_obj(text="q", sampling_params={"custom_params": {"ape_scale": 1}})
-    before_generate_request(make_manager(enable_ape=False), obj)
+    around_generate_request(never, make_manager(enable_ape=False), obj)
     assert obj.sampling_params == {"custom_params": {"ape_scale": 1}}
 
 
@@ -603,10 +612,10 @@ def test_the_hook_applies_the_call_and_leaves_a_refusal_on_it() -> None:
     token = current_call.set(call)
     try:
         good = make_obj(text="q")
-        before_generate_request(make_manager(), good)
+        around_generate_request(never, make_manager(), good)
         assert listed(good.input_ids) == [BOS, *ids_of("\n\nabq")]
         with pytest.raises(ApeRequestError) as caught:
-            before_generate_request(make_manager(), make_obj(text=""))
+            around_generate_request(never, make_manager(), make_obj(text=""))
     finally:
         current_call.reset(token)
     assert call.error is caught.value

@@ -21,6 +21,7 @@ from sglang_ape.entry.http import ApeMiddleware
 from sglang_ape.entry.tokenizer_manager import Entry
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
+from sglang_ape.store.contexts import ContextStore
 
 ROUTES = ["/generate", "/v1/completions", "/v1/chat/completions"]
 APE_FIELDS = {"contexts", "prefix", "prefix_ids", "ape"}
@@ -110,7 +111,8 @@ def build_app(recorder: Recorder, entry: Entry) -> ApeMiddleware:
 
 
 def make_entry(marker: Any = None) -> Entry:
-    return Entry(Tokenizer(), Limits(64, 200, 300, 1000), Defaults(0.9, 0.9), marker)
+    store = ContextStore("model", 10_000, 0)
+    return Entry(Tokenizer(), Limits(64, 200, 300, 1000), Defaults(0.9, 0.9), marker, store)
 
 
 @pytest.fixture
@@ -289,7 +291,7 @@ def test_a_mounted_server_serves_its_own_paths(recorder: Recorder) -> None:
         ({"contexts": "a"}, "contexts"),
         ({"contexts": ["a", ""]}, "contexts[1]"),
         ({"contexts": ["a", "b", 3]}, "contexts[2]"),
-        ({"contexts": [{"id": "ctx-1"}]}, "contexts[0].id"),
+        ({"contexts": [{"id": 1}]}, "contexts[0].id"),
         ({"ape": {"temperature": 0}}, "ape.temperature"),
         ({"ape": {"scale": -1}}, "ape.scale"),
         ({"ape": {"bogus": 1}}, "ape.bogus"),
