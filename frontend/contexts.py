@@ -9,17 +9,19 @@ from typing import Any
 from sglang_ape.arguments import MAX_SCALE, MAX_TEMPERATURE
 from sglang_ape.errors import ApeRequestError
 
+Document = str | dict[str, str]  # {"id": ...}: a context that the server knows
+
 
 @dataclass(frozen=True)
 class Contexts:
     """What ``sgl.parallel_contexts`` was called with.
 
     Attributes:
-        documents: one or more texts, none of them empty.
+        documents: one or more texts, none of them empty, or ids of stored contexts.
         options: the field ``ape`` of a request; empty where the server's defaults hold.
     """
 
-    documents: list[str]
+    documents: list[Document]
     options: dict[str, float]
 
 
@@ -30,14 +32,11 @@ def check_contexts(documents: Any, temperature: Any, scale: Any) -> Contexts:
         ApeRequestError: an argument is malformed or out of range.
     """
     if not isinstance(documents, list | tuple):
-        raise _error("documents", f"must be a list of strings, got {type(documents).__name__}")
+        raise _error("documents", f"must be a list, got {type(documents).__name__}")
     if not documents:
         raise _error("documents", "must not be empty")
     for i, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise _error(f"documents[{i}]", f"must be a string, got {type(document).__name__}")
-        if not document:
-            raise _error(f"documents[{i}]", "must not be empty")
+        _check_document(document, f"documents[{i}]")
     options = {}
     if temperature is not None:
         options["temperature"] = _number("temperature", temperature)
@@ -48,6 +47,19 @@ def check_contexts(documents: Any, temperature: Any, scale: Any) -> Contexts:
         if not 0 <= options["scale"] <= MAX_SCALE:
             raise _error("scale", f"must be in [0, {MAX_SCALE:g}], got {scale}")
     return Contexts(list(documents), options)
+
+
+def _check_document(document: Any, name: str) -> None:
+    if isinstance(document, dict):
+        if document.keys() != {"id"} or not isinstance(document["id"], str):
+            raise _error(name, 'must be a string or {"id": "ctx-..."}')
+        document = document["id"]
+    if not isinstance(document, str):
+        raise _error(
+            name, f'must be a string or {{"id": "ctx-..."}}, got {type(document).__name__}'
+        )
+    if not document:
+        raise _error(name, "must not be empty")
 
 
 def request_fields(contexts: Contexts, prefix: str, text: str | list[str]) -> dict[str, Any]:

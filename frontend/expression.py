@@ -7,6 +7,8 @@ from typing import Any
 
 from sglang.lang.ir import SglExpr, SglExprList
 
+from sglang_ape.frontend.contexts import Document
+
 
 class SglParallelContexts(SglExpr):
     """Where the contexts of a program stand, and what they are.
@@ -15,7 +17,7 @@ class SglParallelContexts(SglExpr):
     stand-ins for them.
     """
 
-    def __init__(self, documents: Sequence[str], temperature: Any, scale: Any) -> None:
+    def __init__(self, documents: Sequence[Document], temperature: Any, scale: Any) -> None:
         super().__init__()
         self.documents = documents
         self.temperature = temperature
@@ -26,7 +28,7 @@ class SglParallelContexts(SglExpr):
 
 
 def parallel_contexts(
-    documents: Sequence[str], temperature: float | None = None, scale: float | None = None
+    documents: Sequence[Document], temperature: float | None = None, scale: float | None = None
 ) -> SglParallelContexts:
     """Texts that are encoded independently of each other, at this place of a program.
 
@@ -34,7 +36,8 @@ def parallel_contexts(
     all of them at once. A program may use it once.
 
     Args:
-        documents: the contexts; a list of strings.
+        documents: the contexts; a list of strings, or of ``{"id": "ctx-..."}`` for contexts that
+            the server knows (``sglang_ape.ContextStore``) after this very prefix.
         temperature: T of this program, 0 < T <= 10; by default the server's.
         scale: S of this program, 0 <= S <= 10; by default the server's.
     """

@@ -78,6 +78,7 @@ class Added(NamedTuple):
     """What a registration found or made."""
 
     contexts: list[StoredContext]  # one for each that was given
+    new: list[StoredContext]
     newly_pinned: list[StoredContext]
 
 
@@ -152,7 +153,7 @@ class ContextStore:
         to_pin = [context for context in added.values() if pin and not context.pinned]
         for context in to_pin:
             self._pin(context)
-        return Added([added[id] for id in ids], to_pin)
+        return Added([added[id] for id in ids], [added[id] for id in new], to_pin)
 
     def remove(self, id: str) -> StoredContext | None:
         """Forget a context, and its pin."""

@@ -13,7 +13,7 @@ from sglang_ape.entry.expand import joined_ids
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.metrics import EntryMetrics, Usage
 from sglang_ape.store.channel import CachedPath, SchedulerChannel
-from sglang_ape.store.contexts import ContextStore, StoredContext, Tenant
+from sglang_ape.store.contexts import Added, ContextStore, StoredContext, Tenant
 
 # Requests that are served meanwhile queue up behind no more than this.
 _ENCODED_AT_ONCE = 16
@@ -57,17 +57,19 @@ class Registry:
             pin: whether their KV is kept until they are deleted.
 
         Raises:
-            ApeRequestError: 507, beyond what the store or the pins may hold; 400, no KV cache to
-                pin anything in.
-            ValueError: the engine refused to encode one, e.g. because there is no such adapter.
+            ApeRequestError: 507, beyond what the store or the pins may hold; 400, no such adapter,
+                or no KV cache to pin anything in.
+            ValueError: the engine refused to encode one. What this call registered is forgotten.
         """
         if pin and not self._caches:
             raise ApeRequestError("pin: the server runs with --disable-radix-cache", "pin")
-        found, newly_pinned = self.store.add(tenant, prefix, contexts, pin)
+        self._check_adapter(tenant)
+        added = self.store.add(tenant, prefix, contexts, pin)
+        found = added.contexts
         try:
             reused = await self._encode_all(found, pin) if self._caches else [0] * len(found)
         except BaseException:
-            await self._unpin(newly_pinned)
+            await self._take_back(added)
             raise
         self._observe(Usage(len(found), sum(len(c.ids) for c in found), sum(reused)))
         return [Registered(*pair) for pair in zip(found, reused, strict=True)]
@@ -158,10 +160,17 @@ class Registry:
             async for _ in self._manager.generate_request(request):
                 pass
 
-    async def _unpin(self, contexts: Sequence[StoredContext]) -> None:
-        self.store.unpin(contexts)
-        if contexts:
-            await self._channel.unpin([context.id for context in contexts])
+    async def _take_back(self, added: Added) -> None:
+        self.store.unpin(added.newly_pinned)
+        for context in added.new:
+            self.store.remove(context.id)
+        if added.newly_pinned:
+            await self._channel.unpin([context.id for context in added.newly_pinned])
+
+    def _check_adapter(self, tenant: Tenant) -> None:
+        name = tenant.lora_path
+        if name is not None and name not in self._manager.lora_ref_cache:
+            raise ApeRequestError(f"lora_path: no adapter is known as {name[:80]!r}", "lora_path")
 
     async def _ask(self, question: Any, contexts: Sequence[StoredContext]) -> list[int]:
         """Cached tokens of each path, 0 where its adapter is not loaded."""
