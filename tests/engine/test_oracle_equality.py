@@ -257,6 +257,50 @@ def test_prompt_logprobs_of_the_query_are_those_of_the_oracle(bench: Bench) -> N
         assert worst <= bench.deployment.tolerance
 
 
+def _register(bench: Bench, prefix: Ids, contexts: list[Ids], pin: bool) -> list[str]:
+    body = {"prefix_ids": prefix, "contexts": [{"input_ids": ids} for ids in contexts], "pin": pin}
+    response = bench.server.post("/ape/contexts", body)
+    assert response.status_code == 200, response.text
+    return [context["id"] for context in response.json()["contexts"]]
+
+
+def _check_by_id(bench: Bench, ids: list[str], query: Ids, expected: Completion) -> dict[str, Any]:
+    body = _body([], [], query, 0.9, 0.9, NEW_TOKENS) | {"contexts": [{"id": id} for id in ids]}
+    del body["prefix_ids"]  # it comes with the ids
+    answer = bench.server.generate(body)
+    bench.assert_equal(answer, expected)
+    return answer["meta_info"]
+
+
+def test_contexts_known_by_id_give_the_same_answer_cached_or_not(bench: Bench) -> None:
+    prefix, contexts, query = bench.ids(7), bench.texts(31, 1, 44), bench.ids(5)
+    expected = bench.oracle.generate(prefix, contexts, query, NEW_TOKENS, 0.9, 0.9)
+    ids = _register(bench, prefix, contexts, pin=False)
+    registered = _check_by_id(bench, ids, query, expected)
+    bench.server.flush()
+    _check_by_id(bench, ids, query, expected)
+    if bench.deployment.caches:
+        assert registered["ape"]["cached_context_tokens"] == 76
+        listed = bench.server.client.get(f"/ape/contexts/{ids[2]}").json()
+        assert listed["cached_tokens"] == 44
+
+
+def test_pinned_contexts_are_never_computed_again_until_they_are_deleted(bench: Bench) -> None:
+    if not bench.deployment.caches:
+        pytest.skip("the radix cache is off")
+    prefix, contexts, query = bench.ids(7), bench.texts(60, 80), bench.ids(5)
+    expected = bench.oracle.generate(prefix, contexts, query, NEW_TOKENS, 0.9, 0.9)
+    ids = _register(bench, prefix, contexts, pin=True)
+    fillers = [_plain_body(bench.ids(600), 4) for _ in range(bench.deployment.pool_tokens // 500)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(bench.server.generate, fillers))
+    meta = _check_by_id(bench, ids, query, expected)
+    assert meta["ape"]["cached_context_tokens"] == 140
+    for id in ids:
+        assert bench.server.client.delete(f"/ape/contexts/{id}").status_code == 200
+    bench.server.assert_clean()
+
+
 def test_a_crowd_of_apes_and_plain_requests_all_get_their_own_answer(bench: Bench) -> None:
     prefix, documents = bench.ids(9), bench.texts(60, 45, 80, 30, 52, 71, 24, 38)
     jobs = []

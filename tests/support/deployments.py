@@ -21,7 +21,8 @@ class Deployment(NamedTuple):
     def all_flags(self) -> tuple[str, ...]:
         return (
             *("--enable-ape", "--ape-max-context-tokens", "4000"),
-            *("--max-total-tokens", str(self.pool_tokens), *self.flags),
+            *("--max-total-tokens", str(self.pool_tokens)),
+            *("--ape-max-pinned-tokens", str(self.pool_tokens // 4), *self.flags),
         )
 
 
