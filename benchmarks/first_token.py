@@ -227,9 +227,6 @@ def running_server(model: str, flags: Sequence[str]) -> Iterator[httpx.Client]:
             _wait(process, client)
             yield client
     finally:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -309,14 +306,14 @@ Samples = dict[str, list[Sample]]
 
 def warm_up(client: httpx.Client, texts: Texts, contexts: Contexts, forms: Sequence[str]) -> None:
     """Check that all forms are one request; encode the plain prompt."""
+    if SEQUENCE in forms:
+        ask(client, orjson.dumps(body_of(SEQUENCE, contexts, texts.query())))
     for _ in range(WARM_UP):
         order = texts.random.sample(range(len(contexts.ids)), len(contexts.ids))
         shuffled, query = contexts.ordered(order), texts.query()
         bodies = {form: orjson.dumps(body_of(form, shuffled, query)) for form in FORMS}
         ask(client, bodies[STORE])
         check_same({form: ask(client, body) for form, body in bodies.items()})
-        if SEQUENCE in forms:
-            ask(client, orjson.dumps(body_of(SEQUENCE, contexts, texts.query())))
 
 
 def measure(
@@ -347,7 +344,7 @@ def run(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]
     load = os.getloadavg()
     texts = Texts(AutoTokenizer.from_pretrained(given.model), given.seed)
     contexts = texts.contexts(given.contexts, given.context_tokens)
-    queries = WARM_UP * 2 + given.rounds * (len(FORMS) + 1)
+    queries = WARM_UP + 1 + given.rounds * (len(FORMS) + 1)
     flags = [*server_flags(contexts, queries), *given.server]
     say(f"{len(contexts.ids)} contexts, {contexts.tokens} tokens; starting {' '.join(flags)}")
     with running_server(given.model, flags) as client:
@@ -387,18 +384,19 @@ def _cpu() -> str | None:
 ##### Showing
 
 _COLUMNS = {
-    "serialise": "client: serialise, ms",
-    "before_scheduler": "before the scheduler, ms",
-    "door": "of it at the door, ms",
-    "first_token": "first token, ms",
+    "serialise": "serialised by the client",
+    "before_scheduler": "before the scheduler",
+    "door": "of it at the door",
+    "first_token": "first token",
 }
 
 
 def shown(samples: Sequence[float]) -> str:
-    """Median and spread: 10th to 90th percentile, of a few samples the extremes."""
+    """Median, and below it the spread: 10th to 90th percentile, of a few samples the extremes."""
     found = summarise(samples)
-    digits = 2 if found.median < 10 else 1
-    return f"{found.median:.{digits}f} ({found.low:.{digits}f}-{found.high:.{digits}f})"
+    digits = 2 if found.median < 10 else 1 if found.median < 100 else 0
+    median, low, high = (f"{value:,.{digits}f}" for value in found[:3])
+    return f"{median}\n{low}-{high}"
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
@@ -429,7 +427,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     rounds = len(result["samples"][STORE])
     table = Table(
         title=f"{result['contexts']} cached contexts, {result['context_tokens']} tokens, and a new "
-        f"query of {result['query_tokens']}: medians of {rounds} (p10-p90)"
+        f"query of {result['query_tokens']}; ms, medians of {rounds}, below them p10-p90",
+        show_lines=True,
     )
     table.add_column("contexts by")
     for name in ("body, bytes", *_COLUMNS.values()):

@@ -7,7 +7,7 @@ table is made wider by what the contexts may add.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sglang_ape.request import spec_of
@@ -40,6 +40,8 @@ class Limits(NamedTuple):
 # get_worker_info), and admits a request only with room for a page and one new token.
 POOL_MARGIN = 8
 
+_DEFAULT_NEW_TOKENS = 128  # sampling/sampling_params.py: SamplingParams
+
 
 def pin_cap(given: int | None, pool_tokens: int, window: int) -> int:
     """How many KV tokens may be pinned.
@@ -49,7 +51,7 @@ def pin_cap(given: int | None, pool_tokens: int, window: int) -> int:
     """
     if given is None:
         return max(0, min(pool_tokens // 2, pool_tokens - window - POOL_MARGIN))
-    if given > pool_tokens - POOL_MARGIN:
+    if given >= pool_tokens - POOL_MARGIN:
         raise ValueError(
             f"--ape-max-pinned-tokens {given} leaves nothing of the KV pool of {pool_tokens} tokens"
         )
@@ -88,7 +90,7 @@ def _check_beside_pins(manager: Any, obj: Any, input_ids: Sequence[int] | None) 
     if getattr(obj, "ape_encodes", False):
         return
     room = entry.limits.room_beside(entry.store.pinned_tokens)
-    new_tokens = (obj.sampling_params or {}).get("max_new_tokens")
+    new_tokens = asked_new_tokens(obj.sampling_params or {})
     need = len(input_ids) + entry.limits.new_tokens(len(input_ids), new_tokens)
     if need > room:
         raise ValueError(
@@ -118,6 +120,12 @@ def around_validate_input_length(
     if spec is None:
         return original(req, max_req_input_len, allow_auto_truncate)
     return original(req, max_req_input_len + spec.hidden_tokens, False)
+
+
+def asked_new_tokens(params: Mapping[str, Any]) -> int | None:
+    """``max_new_tokens`` of a request as SGLang reads it; None for up to the window."""
+    given = params.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
+    return given if isinstance(given, int) else None
 
 
 def _spec_of_input(obj: Any) -> ApeSpec | None:

@@ -3,11 +3,12 @@
     python -m sglang_ape.preload --url http://127.0.0.1:30000 documents.jsonl
 
 A line of the file is a JSON string, or an object with the field ``text`` (``--text-field``) or
-``input_ids``. The ids of the documents go into an id file, after every batch; a run that ended
-early is taken up by the same command, and documents that the server still knows are not sent again.
+``input_ids``. The ids go into a second JSONL file, after every batch: a run that ended early is
+taken up by the same command. What stands in that file and is known to the server is not sent again;
+remove the file to have everything sent.
 
-Exit status: 0, done; 1, the server refused or went away; 2, the input is wrong and nothing was
-sent; 130, interrupted.
+Exit status: 0, done; 1, the server refused something or went away; 2, the input is wrong and
+nothing was sent; 130, interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -46,49 +49,59 @@ class Document(NamedTuple):
     """One line of the input."""
 
     line: int  # from 1
-    sha256: str  # of the text in UTF-8; of ids, see _sha256_of_ids
+    sha256: str  # of the text in UTF-8; of ids, see _ids
     context: str | dict[str, list[int]]  # as ContextStore.register takes it
 
 
-class Line(NamedTuple):
-    """What is kept of a document."""
+class Documents:
+    """A JSONL file, read line by line as often as needed; blank lines are left out.
 
-    number: int
-    sha256: str
-
-
-def documents(path: Path, text_field: str) -> Iterator[Document | InputError]:
-    """The documents of a JSONL file, and for a wrong line its error; blank lines are left out."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.isspace():
-                try:
-                    yield Document(number, *_parsed(raw, text_field))
-                except ValueError as error:
-                    yield InputError(f"{path}, line {number}: {error}")
-
-
-def survey(path: Path, text_field: str) -> list[Line]:
-    """Check the whole file.
-
-    Raises:
-        InputError: names every wrong line, or the first few of many.
+    Args:
+        path: of the file.
+        text_field: of those lines that are objects.
     """
-    lines: list[Line] = []
-    errors: list[str] = []
-    for found in documents(path, text_field):
-        if isinstance(found, InputError):
-            errors.append(str(found))
-        else:
-            lines.append(Line(found.line, found.sha256))
-    if len(errors) > _SHOWN_ERRORS:
-        errors[_SHOWN_ERRORS:] = [f"and {len(errors) - _SHOWN_ERRORS} further lines"]
-    if errors or not lines:
-        raise InputError("\n".join(errors) or f"{path} holds no document")
-    return lines
+
+    def __init__(self, path: Path, text_field: str) -> None:
+        self.path = path
+        self._text_field = text_field
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self._parsed(number, raw) for number, raw in self._lines())
+
+    def survey(self) -> list[tuple[int, str]]:
+        """Check the whole file.
+
+        Returns:
+            Number and hash of each line.
+
+        Raises:
+            InputError: names the wrong lines, of many the first.
+        """
+        found: list[tuple[int, str]] = []
+        errors: list[str] = []
+        for number, raw in self._lines():
+            try:
+                found.append(self._parsed(number, raw)[:2])
+            except InputError as error:
+                errors.append(str(error))
+        if len(errors) > _SHOWN_ERRORS:
+            errors[_SHOWN_ERRORS:] = [f"and {len(errors) - _SHOWN_ERRORS} further lines"]
+        if errors or not found:
+            raise InputError("\n".join(errors) or f"{self.path} holds no document")
+        return found
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        with self.path.open("rb") as file:
+            yield from ((number, raw) for number, raw in enumerate(file, 1) if not raw.isspace())
+
+    def _parsed(self, number: int, raw: bytes) -> Document:
+        try:
+            return Document(number, *_hashed(raw, self._text_field))
+        except ValueError as error:
+            raise InputError(f"{self.path}, line {number}: {error}") from None
 
 
-def _parsed(raw: bytes, text_field: str) -> tuple[str, str | dict[str, list[int]]]:
+def _hashed(raw: bytes, text_field: str) -> tuple[str, str | dict[str, list[int]]]:
     """Hash and context of a line; raises ValueError."""
     try:
         value = orjson.loads(raw)
@@ -116,16 +129,12 @@ def _text(text: Any, name: str) -> tuple[str, str]:
 
 
 def _ids(ids: Any) -> tuple[str, dict[str, list[int]]]:
+    """The hash is that of the byte FF, which no UTF-8 holds, and the ids as JSON, no blanks."""
     if not isinstance(ids, list) or not all(type(id) is int and id >= 0 for id in ids):
         raise ValueError("'input_ids' must be a list of integers that are not negative")
     if not ids:
         raise ValueError("'input_ids' is empty")
-    return _sha256_of_ids(ids), {"input_ids": ids}
-
-
-def _sha256_of_ids(ids: list[int]) -> str:
-    """Of the byte FF, which no text in UTF-8 holds, and the ids as JSON without blanks."""
-    return hashlib.sha256(b"\xff" + orjson.dumps(ids)).hexdigest()
+    return hashlib.sha256(b"\xff" + orjson.dumps(ids)).hexdigest(), {"input_ids": ids}
 
 
 def _kind(value: Any) -> str:
@@ -216,7 +225,7 @@ class Settings:
     """
 
     before: Mapping[str, Any]
-    tenant: Mapping[str, str]
+    tenant: Mapping[str, Any]
     pin: bool
 
     @property
@@ -227,12 +236,12 @@ class Settings:
 
 
 @dataclass
-class Counts:
-    """Of the documents that were sent."""
+class Sent:
+    """What a run sent to the server."""
 
     documents: int = 0
     tokens: int = 0
-    cached_tokens: int = 0  # the server had not to compute them
+    cached_tokens: int = 0  # of them, that the server had not to compute
 
 
 class Preload:
@@ -240,55 +249,261 @@ class Preload:
 
     Args:
         store: of the server.
-        ids: the id file.
-        settings: of the run.
-        lines: of all documents.
+        documents: to be registered.
+        id_file: where their ids go.
+        settings: how they are registered.
+
+    Raises:
+        InputError: a line of either file is wrong.
     """
 
     def __init__(
-        self, store: ContextStore, ids: IdFile, settings: Settings, lines: Sequence[Line]
+        self, store: ContextStore, documents: Documents, id_file: IdFile, settings: Settings
     ) -> None:
-        self.counts = Counts()
+        self.sent = Sent()
         self._store = store
-        self._ids = ids
+        self._documents = documents
+        self._id_file = id_file
         self._settings = settings
-        self._lines = lines
-        self._known: dict[str, Record] = {}  # by hash, in this run
+        self._lines = documents.survey()
+        self._copies = Counter(sha256 for _, sha256 in self._lines)
+        self._recorded = id_file.open()
+        self._known: dict[str, Record] = {}  # by hash: what needs not be sent
 
     @property
-    def done(self) -> int:
-        """How many documents are registered."""
-        return sum(line.sha256 in self._known for line in self._lines)
+    def progress(self) -> str:
+        """What was done, for the user of a run that ended early."""
+        return (
+            f"documents registered by this run: {self.sent.documents:,}; the same command goes on "
+            f"from {self._id_file.path}"
+        )
 
-    def resume(self, recorded: Sequence[Record]) -> None:
-        """Take over what an earlier run registered in the same way, if the server still knows."""
-        mine = [record for record in recorded if record.settings == self._settings.digest]
-        if not mine:
-            return
-        pin = self._settings.pin
-        known = {one["id"] for one in self._listed() if one["pinned"] or not pin}
-        self._known = {record.sha256: record for record in mine if record.id in known}
-
-    def send(self, found: Iterator[Document | InputError], batch_size: int) -> None:
-        """Register what is not known yet, equal documents once.
+    def run(self, batch_size: int) -> None:
+        """Register what the server does not know yet, equal documents once, and write the ids.
 
         Raises:
-            InputError: a document is refused, or is not there any more.
+            InputError: the server refused a document, or the file was changed meanwhile.
+            ApeRequestError: the server refused something else.
+            requests.RequestException: it did not answer.
+            OSError: a file cannot be read or written.
         """
-        missing = {line.sha256 for line in self._lines} - set(self._known)
-        with self._progress() as progress:
-            batch: list[Document] = []
-            for document in found:
-                if isinstance(document, InputError):
-                    raise document
-                if document.sha256 in missing:
-                    missing.remove(document.sha256)
-                    batch.append(document)
-                if len(batch) == batch_size:
-                    progress(self._send(batch))
-                    batch = []
-            if batch:
-                progress(self._send(batch))
+        self._resume()
+        missing = self._copies.keys() - self._known.keys()
+        left = sum(self._copies[sha256] for sha256 in missing)
+        bar = tqdm(
+            total=len(self._lines),
+            initial=len(self._lines) - left,
+            unit=" documents",
+            disable=None,  # where it would go into a log
+        )
+        with bar:
+            for batch in self._batches(missing, batch_size):
+                self._send(batch)
+                bar.set_postfix(tokens=self.sent.tokens, cached=self.sent.cached_tokens)
+                bar.update(sum(self._copies[document.sha256] for document in batch))
         if missing:
-            raise InputError("the documents were changed while they were read")
-"""x"""
+            raise InputError(f"{self._documents.path} was changed while it was read")
+        self._id_file.rewrite(self._records())
+
+    def summary(self) -> list[str]:
+        """Lines for the user, with what the server holds now; after :meth:`run`."""
+        records, sent = self._records(), self.sent
+        cached = {one["id"]: one["cached_tokens"] for one in self._listed()}
+        tokens = sum(record.tokens for record in records)
+        cached_tokens = sum(cached.get(record.id, 0) for record in records)
+        whole = sum(cached.get(record.id, 0) >= record.tokens for record in records)
+        forgotten = sum(record.id not in cached for record in records)
+        lines = [
+            f"documents   {len(records):,}, of which {sent.documents:,} were sent",
+            f"tokens      {tokens:,}, of which {sent.tokens:,} were sent",
+            f"  computed  {sent.tokens - sent.cached_tokens:,}",
+            f"  cached    {sent.cached_tokens:,} already",
+            f"cached now  {whole:,} documents; {cached_tokens:,} tokens",
+            f"ids         {self._id_file.path}",
+        ]
+        if whole < len(records):
+            lines.append(
+                f"Documents not, or not wholly, cached now: {len(records) - whole:,}; the KV pool "
+                "has no room for all of them, or they were evicted since. Requests compute what is "
+                "missing."
+            )
+        if forgotten:
+            lines.append(
+                f"Documents no longer known, whose ids requests cannot use: {forgotten:,}; the "
+                "store has no room for all of them (--ape-store-max-tokens)."
+            )
+        return lines
+
+    def _resume(self) -> None:
+        """Take over what earlier runs registered in the same way, if the server still knows it."""
+        digest, pin = self._settings.digest, self._settings.pin
+        mine = [record for record in self._recorded if record.settings == digest]
+        if mine:
+            known = {one["id"] for one in self._listed() if one["pinned"] or not pin}
+            self._known = {record.sha256: record for record in mine if record.id in known}
+
+    def _batches(self, missing: set[str], size: int) -> Iterator[list[Document]]:
+        """The missing documents, in order; each is taken out of ``missing``."""
+        batch: list[Document] = []
+        for document in self._documents:
+            if document.sha256 in missing:
+                missing.remove(document.sha256)
+                batch.append(document)
+            if len(batch) == size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _send(self, batch: Sequence[Document]) -> None:
+        """Register a batch, and then write down its ids."""
+        contexts = [document.context for document in batch]
+        settings = self._settings
+        try:
+            answers = self._store.register(
+                contexts, pin=settings.pin, **settings.before, **settings.tenant
+            )
+        except ApeRequestError as error:
+            document = _blamed(error, batch)
+            if document is None:
+                raise
+            raise InputError(f"{self._documents.path}, line {document.line}: {error}") from error
+        records = [
+            Record(document.line, document.sha256, one["id"], one["tokens"], settings.digest)
+            for document, one in zip(batch, answers, strict=True)
+        ]
+        self._id_file.append(records)
+        self._known.update((record.sha256, record) for record in records)
+        self.sent.documents += len(batch)
+        self.sent.tokens += sum(one["tokens"] for one in answers)
+        self.sent.cached_tokens += sum(one["cached_tokens"] for one in answers)
+
+    def _listed(self) -> Iterator[dict[str, Any]]:
+        return self._store.contexts(**self._settings.tenant)
+
+    def _records(self) -> list[Record]:
+        """One for each document, in order."""
+        return [self._known[sha256]._replace(line=number) for number, sha256 in self._lines]
+
+
+def _blamed(error: ApeRequestError, batch: Sequence[Document]) -> Document | None:
+    """The document that a refusal names as ``contexts[3]``, if it names one."""
+    found = re.match(r"contexts\[(\d+)\]", error.param or "")
+    return batch[int(found[1])] if found else None
+
+
+##### The command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
+    args = _parser().parse_args(argv)
+    try:
+        preload = _prepared(args)
+    except (InputError, ApeRequestError, OSError, UnicodeDecodeError) as error:
+        return _ended(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        return _ended("interrupted, nothing was sent", 130)
+    try:
+        preload.run(args.batch_size)
+        summary = preload.summary()
+    except KeyboardInterrupt:
+        return _ended(f"interrupted: {preload.progress}", 130)
+    except (InputError, ApeRequestError, OSError) as error:  # OSError: also those of requests
+        return _ended(f"error: {_explained(error, args)}\n{preload.progress}", 1)
+    print(*summary, f"time        {time.monotonic() - started:.1f} s", sep="\n")
+    return 0
+
+
+def _prepared(args: argparse.Namespace) -> Preload:
+    api_key = args.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    store = ContextStore(args.url, api_key, timeout=args.timeout)
+    ids = args.ids or args.documents.with_name(f"{args.documents.name}.ids.jsonl")
+    tenant = {"lora_path": args.lora_path, "extra_key": args.extra_key}
+    settings = Settings(
+        _before(args), {name: text for name, text in tenant.items() if text is not None}, args.pin
+    )
+    return Preload(store, Documents(args.documents, args.text_field), IdFile(ids), settings)
+
+
+def _before(args: argparse.Namespace) -> dict[str, Any]:
+    if args.system is not None:
+        return {"messages": [{"role": "system", "content": args.system}]}
+    if args.prefix_file is not None:
+        return {"prefix": args.prefix_file.read_bytes().decode()}  # line ends as they are
+    return {} if args.prefix is None else {"prefix": args.prefix}
+
+
+def _ended(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+def _explained(error: Exception, args: argparse.Namespace) -> str:
+    """In one line."""
+    if isinstance(error, requests.ReadTimeout):
+        return f"{args.url} did not answer within {args.timeout:g} s (--timeout)"
+    message = " ".join(str(error).split())
+    if isinstance(error, requests.ConnectionError):
+        return f"no connection to {args.url}: {message}"
+    return message
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_ape.preload",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("documents", type=Path, metavar="FILE", help="the documents, in JSON lines")
+    add("--url", default="http://127.0.0.1:30000", help="of the server (default: %(default)s)")
+    add("--text-field", default="text", metavar="NAME", help="field of a text (default: text)")
+    before = parser.add_mutually_exclusive_group()
+    before.add_argument("--prefix", metavar="TEXT", help="the text before each document")
+    before.add_argument("--prefix-file", type=Path, metavar="FILE", help="a file with that text")
+    before.add_argument(
+        "--system", metavar="TEXT", help="for chats: the system message that they will have"
+    )
+    add("--pin", action="store_true", help="keep the documents from being evicted")
+    add("--lora-path", metavar="NAME", help="name of the adapter that will use them")
+    add("--extra-key", metavar="KEY", help="SGLang's namespace of cached prompts")
+    add(
+        "--api-key",
+        metavar="KEY",
+        help=f"of the server (default: ${API_KEY_VARIABLE}, which other users of the machine do "
+        "not see)",
+    )
+    add(
+        "--ids",
+        type=Path,
+        metavar="FILE",
+        help="where the ids go (default: FILE.ids.jsonl, beside the documents); one file for each "
+        "prefix, adapter and key",
+    )
+    add("--batch-size", type=_positive(int), default=32, metavar="N", help="documents a call")
+    add(
+        "--timeout",
+        type=_positive(float),
+        default=600.0,
+        metavar="SECONDS",
+        help="how long a call may take (default: 600)",
+    )
+    return parser
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """An argparse type."""
+
+    def parsed(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+
+    parsed.__name__ = f"positive {kind.__name__}"
+    return parsed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ class _Path(NamedTuple):
     """The tokens P + C in their namespace; what a pin is matched by when they are stored."""
 
     extra_key: str | None
+    length: int
     digest: bytes
 
 
@@ -63,14 +64,17 @@ class Pins:
         return bool(self._waiting)
 
     def stored(self, ids: array, extra_key: str | None) -> None:
-        """The tree holds ``ids`` now: lock them if a pin waits for them."""
-        path = _path(ids, extra_key)
-        if path not in self._waiting:
-            return
-        node = self._tree.touch(ids, extra_key).node
-        if node is not None:
-            for name in self._waiting.pop(path):
-                self._lock(name, node)
+        """The tree holds ``ids`` now: lock every beginning of them that a pin waits for."""
+        own = {path.length for path in self._waiting if path.extra_key == extra_key}
+        digest, done = hashlib.sha256(), 0
+        for length in sorted(length for length in own if length <= len(ids)):
+            digest.update(ids[done:length])
+            done = length
+            path = _Path(extra_key, length, digest.digest())
+            node = self._tree.touch(ids[:length], extra_key).node if path in self._waiting else None
+            if node is not None:
+                for name in self._waiting.pop(path):
+                    self._lock(name, node)
 
     def forget_nodes(self) -> None:
         """The tree was emptied: every pin waits."""
@@ -85,4 +89,4 @@ class Pins:
 
 
 def _path(ids: array, extra_key: str | None) -> _Path:
-    return _Path(extra_key, hashlib.sha256(ids).digest())
+    return _Path(extra_key, len(ids), hashlib.sha256(ids).digest())

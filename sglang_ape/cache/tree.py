@@ -348,14 +348,18 @@ class ApeRadixCache(RadixCache):
             contexts.append(node)
             if start + length <= end:
                 self._context_ends.add(node)
-                if self.pins.any_waiting:
-                    path = ids[: spec.prefix_len] + ids[start : start + length]
-                    self.pins.stored(path, extra_key)
+        if self.pins.any_waiting:
+            self._lock_waiting(spec, ids, end, extra_key)
         query_node = old.query
         if end > spec.context_end:
             namespace = _query_namespace(extra_key, spec)
             query_node = store(self.root_node, spec.context_end, end, namespace)
         return Handle(prefix_node, tuple(contexts), query_node)
+
+    def _lock_waiting(self, spec: ApeSpec, ids: array, end: int, extra_key: str | None) -> None:
+        for start, stop in zip(spec.context_starts, spec.context_stops, strict=True):
+            if stop <= end:
+                self.pins.stored(ids[: spec.prefix_len] + ids[start:stop], extra_key)
 
     def _store_path(
         self, req: Any, parent: TreeNode, key: RadixKey, start: int, done: int, chunked: bool

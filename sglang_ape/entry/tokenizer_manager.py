@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_ape import metrics
@@ -14,7 +14,7 @@ from sglang_ape.entry.chat import ContextMarker
 from sglang_ape.entry.known import resolve
 from sglang_ape.entry.report import RowParts, reported
 from sglang_ape.errors import ApeRequestError
-from sglang_ape.limits import Limits, pin_cap
+from sglang_ape.limits import Limits, asked_new_tokens, pin_cap
 from sglang_ape.spec import CUSTOM_PARAM_KEYS
 from sglang_ape.store.contexts import ContextStore, Tenant
 
@@ -130,8 +130,7 @@ def apply_call(entry: Entry, call: ApeCall, obj: Any) -> list[RowParts]:
     for i, (item, query, params) in enumerate(zip(call.items, queries, sampling, strict=True)):
         query_name = f"{name}[{i}]" if batched else name
         tenant = Tenant(*(_of_item(getattr(obj, own, None), i) for own in Tenant._fields))
-        new_tokens = params.get("max_new_tokens")
-        row, of_row = _row(entry, call.door, item, tenant, query, new_tokens, query_name)
+        row, of_row = _row(entry, call.door, item, tenant, query, params, query_name)
         parts.append(of_row)
         if row.spec is not None:
             custom = params.get("custom_params") or {}
@@ -154,31 +153,33 @@ def _row(
     item: ApeItem,
     tenant: Tenant,
     query: Any,
-    max_new_tokens: Any,
+    params: Mapping[str, Any],
     query_name: str,
 ) -> tuple[expand.Row, RowParts]:
-    given = None
+    own_prefix = None
     prefix_name = item.prefix_name
     if door.chat:
         assert entry.marker is not None  # the HTTP door marked the messages with it
-        given, query = (array("I", ids) for ids in entry.marker.split(query))
+        own_prefix, query = (array("I", ids) for ids in entry.marker.split(query))
         prefix_name = door.text
     else:
         if item.prefix is not None:
-            given = expand.encode_prefix(entry.tokenizer, item.prefix, item.prefix_name)
+            own_prefix = expand.encode_prefix(entry.tokenizer, item.prefix, item.prefix_name)
         if isinstance(query, str):
             query = expand.encode_text(entry.tokenizer, query, query_name)
         else:
             query = parse_ids(query, query_name, allow_empty=True)
     encoded = expand.encode_contexts(entry.tokenizer, item.contexts, item.at)
-    prefix, contexts = resolve(entry.store, tenant, given, encoded, item.at)
+    prefix, contexts = resolve(entry.store, tenant, own_prefix, encoded, item.at)
     if prefix is None:
         prefix = expand.encode_prefix(entry.tokenizer, None, item.prefix_name)
     names = expand.Names(prefix_name, f"contexts{item.at}", query_name, door.new_tokens)
-    new_tokens = max_new_tokens if isinstance(max_new_tokens, int) else None
+    given = params.get("max_new_tokens")
+    new_tokens = given if isinstance(given, int) else None
     expand.check_row(prefix, contexts, query, new_tokens, entry.limits, names)
     if entry.store.pinned_tokens:
-        _check_beside_pins(entry, tenant, prefix, contexts, query, new_tokens, names)
+        asked = asked_new_tokens(params)
+        _check_beside_pins(entry, tenant, prefix, contexts, query, asked, names)
     parts = RowParts(len(prefix), tuple(map(len, contexts)))
     return expand.build_row(prefix, contexts, query, item, entry.defaults), parts
 

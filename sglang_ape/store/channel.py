@@ -102,7 +102,8 @@ class SchedulerChannel:
         await self._send(PIN, paths)
 
     async def unpin(self, names: Sequence[str]) -> None:
-        await self._ask(_message(UNPIN, [CachedPath(name, array("q"), None) for name in names]))
+        if names:
+            await self._ask(_message(UNPIN, [CachedPath(name, array("q"), None) for name in names]))
 
     async def _send(self, action: str, paths: Sequence[CachedPath]) -> list[int]:
         cached: list[int] = []

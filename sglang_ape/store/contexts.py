@@ -74,14 +74,6 @@ def digest_of(ids: Ids) -> bytes:
     return hashlib.sha256(ids).digest()
 
 
-class Added(NamedTuple):
-    """What a registration found or made."""
-
-    contexts: list[StoredContext]  # one for each that was given
-    new: list[StoredContext]
-    newly_pinned: list[StoredContext]
-
-
 class ContextStore:
     """Contexts by id, bounded: beyond ``max_tokens`` the least recently used are forgotten.
 
@@ -128,8 +120,13 @@ class ContextStore:
         self._mark_used(context)
         return context
 
-    def add(self, tenant: Tenant, prefix: Ids, contexts: Sequence[Ids], pin: bool) -> Added:
+    def add(
+        self, tenant: Tenant, prefix: Ids, contexts: Sequence[Ids], pin: bool
+    ) -> list[StoredContext]:
         """Register contexts, and reserve room for their pins; those known are found again.
+
+        Returns:
+            One for each that was given.
 
         Raises:
             ApeRequestError: 507, they do not fit into the store at once, or their pins are beyond
@@ -149,18 +146,17 @@ class ContextStore:
             self._insert(StoredContext(id, self._registered, tenant, shared, own))
         while self._cost > self.max_tokens:
             self.remove(next(iter(self._recent)))
-        added = {id: self._contexts[id] for id in ids}
-        to_pin = [context for context in added.values() if pin and not context.pinned]
-        for context in to_pin:
-            self._pin(context)
-        return Added([added[id] for id in ids], [added[id] for id in new], to_pin)
+        if pin:
+            for id in ids:
+                self._pin(self._contexts[id])
+        return [self._contexts[id] for id in ids]
 
     def remove(self, id: str) -> StoredContext | None:
         """Forget a context, and its pin."""
         context = self._contexts.get(id)
         if context is None:
             return None
-        self.unpin([context])
+        self._unpin(context)
         del self._contexts[id], self._recent[id]
         prefix = context.prefix
         self._cost -= context.cost
@@ -171,19 +167,6 @@ class ContextStore:
             self._cost -= len(prefix.ids)
             self.tokens -= len(prefix.ids)
         return context
-
-    def unpin(self, contexts: Iterable[StoredContext]) -> None:
-        for context in contexts:
-            if not context.pinned:
-                continue
-            context.pinned = False
-            context.prefix.pinned_contexts -= 1
-            self._recent[context.id] = None
-            self._pinned_cost -= context.cost
-            self.pinned_tokens -= len(context.ids)
-            if not context.prefix.pinned_contexts:
-                self._pinned_cost -= len(context.prefix.ids)
-                self.pinned_tokens -= len(context.prefix.ids)
 
     def pinned_part(self, tenant: Tenant, prefix: Ids, contexts: Iterable[Ids]) -> int:
         """How many of a row's tokens are pinned."""
@@ -250,6 +233,8 @@ class ContextStore:
         prefix.contexts += 1
 
     def _pin(self, context: StoredContext) -> None:
+        if context.pinned:
+            return
         context.pinned = True
         prefix = context.prefix
         tokens = 0 if prefix.pinned_contexts else len(prefix.ids)
@@ -257,6 +242,17 @@ class ContextStore:
         del self._recent[context.id]
         self._pinned_cost += context.cost + tokens
         self.pinned_tokens += len(context.ids) + tokens
+
+    def _unpin(self, context: StoredContext) -> None:
+        if not context.pinned:
+            return
+        context.pinned = False
+        prefix = context.prefix
+        prefix.pinned_contexts -= 1
+        tokens = 0 if prefix.pinned_contexts else len(prefix.ids)
+        self._recent[context.id] = None
+        self._pinned_cost -= context.cost + tokens
+        self.pinned_tokens -= len(context.ids) + tokens
 
     def _mark_used(self, context: StoredContext) -> None:
         if not context.pinned:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -13,7 +13,7 @@ from sglang_ape.entry.expand import joined_ids
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.metrics import EntryMetrics, Usage
 from sglang_ape.store.channel import CachedPath, SchedulerChannel
-from sglang_ape.store.contexts import Added, ContextStore, StoredContext, Tenant
+from sglang_ape.store.contexts import ContextStore, StoredContext, Tenant
 
 # Requests that are served meanwhile queue up behind no more than this.
 _ENCODED_AT_ONCE = 16
@@ -59,19 +59,20 @@ class Registry:
         Raises:
             ApeRequestError: 507, beyond what the store or the pins may hold; 400, no such adapter,
                 or no KV cache to pin anything in.
-            ValueError: the engine refused to encode one. What this call registered is forgotten.
+            ValueError: the engine refused to encode one. The contexts stay known, and pinned if
+                that was asked for; the same call again goes on where this one ended.
         """
         if pin and not self._caches:
             raise ApeRequestError("pin: the server runs with --disable-radix-cache", "pin")
         self._check_adapter(tenant)
-        added = self.store.add(tenant, prefix, contexts, pin)
-        found = added.contexts
+        found = self.store.add(tenant, prefix, contexts, pin)
         try:
             reused = await self._encode_all(found, pin) if self._caches else [0] * len(found)
-        except BaseException:
-            await self._take_back(added)
-            raise
-        self._observe(Usage(len(found), sum(len(c.ids) for c in found), sum(reused)))
+        finally:
+            self._observe_store()
+        if self._metrics is not None:
+            tokens = sum(len(context.ids) for context in found)
+            self._metrics.observe_registration(Usage(len(found), tokens, sum(reused)))
         return [Registered(*pair) for pair in zip(found, reused, strict=True)]
 
     async def cached_tokens(self, contexts: Sequence[StoredContext]) -> list[int]:
@@ -91,44 +92,42 @@ class Registry:
         self.store.remove(id)
         if pinned:
             await self._channel.unpin([id])
-        self._observe(None)
+        self._observe_store()
         return True
 
     async def _encode_all(self, contexts: Sequence[StoredContext], pin: bool) -> list[int]:
-        """Returns the tokens of each that had not to be computed."""
-        paths = await self._ask(self._channel.touch, contexts)
-        reused = self._own_part(contexts, paths)
-        missing = self._missing(contexts, paths)
-        if missing and min(paths) < len(contexts[0].prefix.ids):
-            # The first brings the prefix, which the others then find.
-            reused = await self._encode_some(contexts, missing[:1], reused)
-            missing = missing[1:]
-        reused = await self._encode_some(contexts, missing, reused)
+        """Returns the tokens of each that this call had not to compute."""
         if pin:
             await self._pin(contexts)
-        else:
-            await self._ask(self._channel.touch, contexts)
+        paths = await self._ask(self._channel.touch, contexts)
+        cached = self._own_part(contexts, paths)
+        missing = self._missing(contexts, paths)
+        computed: set[str] = set()
+        if missing and min(paths) < len(contexts[0].prefix.ids):
+            # The first brings the prefix, which the others then find.
+            computed |= await self._encode_some(missing[:1])
+            missing = await self._touch_missing(contexts)
+        computed |= await self._encode_some(missing)
+        if pin:
+            await self._pin(contexts)  # once more: encoding loads an adapter that was not loaded
+        computed |= await self._encode_some(await self._touch_missing(contexts) if pin else [])
+        reused = []
+        for context, tokens in zip(contexts, cached, strict=True):
+            reused.append(tokens if context.id in computed else len(context.ids))
+            computed.discard(context.id)  # given twice, it was computed once
         return reused
 
     async def _pin(self, contexts: Sequence[StoredContext]) -> None:
-        """Pin what is cached; what was evicted meanwhile is pinned as it is computed again."""
+        """Have the scheduler keep what is cached, and what is not as soon as it is."""
         paths = self._paths([context for context in contexts if context.pinned])
         await self._channel.pin(list(paths.values()))
-        missing = self._missing(contexts, await self._ask(self._channel.touch, contexts))
-        await asyncio.gather(*(self._encode_once(contexts[i]) for i in missing))
         # What was forgotten while this call was under way, nobody else will unpin.
         await self._channel.unpin([c.id for c in contexts if not self.store.is_pinned(c.id)])
 
-    async def _encode_some(
-        self, contexts: Sequence[StoredContext], which: Iterable[int], reused: list[int]
-    ) -> list[int]:
-        which = list(which)
-        mine = await asyncio.gather(*(self._encode_once(contexts[i]) for i in which))
-        reused = list(reused)
-        for i, computed in zip(which, mine, strict=True):
-            if not computed:
-                reused[i] = len(contexts[i].ids)
-        return reused
+    async def _encode_some(self, contexts: Sequence[StoredContext]) -> set[str]:
+        """Returns the ids of those that this call encoded; others did the rest."""
+        mine = await asyncio.gather(*map(self._encode_once, contexts))
+        return {context.id for context, own in zip(contexts, mine, strict=True) if own}
 
     async def _encode_once(self, context: StoredContext) -> bool:
         """Encode a context, or wait for a call that does so already.
@@ -160,13 +159,6 @@ class Registry:
             async for _ in self._manager.generate_request(request):
                 pass
 
-    async def _take_back(self, added: Added) -> None:
-        self.store.unpin(added.newly_pinned)
-        for context in added.new:
-            self.store.remove(context.id)
-        if added.newly_pinned:
-            await self._channel.unpin([context.id for context in added.newly_pinned])
-
     def _check_adapter(self, tenant: Tenant) -> None:
         name = tenant.lora_path
         if name is not None and name not in self._manager.lora_ref_cache:
@@ -195,13 +187,19 @@ class Registry:
             paths[i] = CachedPath(context.id, ids, extra_key)
         return paths
 
-    def _missing(self, contexts: Sequence[StoredContext], paths: Sequence[int]) -> list[int]:
-        """Indices of the contexts whose paths are not cached whole, each context once."""
-        first: dict[str, int] = {}
-        for i, (context, cached) in enumerate(zip(contexts, paths, strict=True)):
-            if cached < len(context.prefix.ids) + len(context.ids):
-                first.setdefault(context.id, i)
-        return list(first.values())
+    async def _touch_missing(self, contexts: Sequence[StoredContext]) -> list[StoredContext]:
+        return self._missing(contexts, await self._ask(self._channel.touch, contexts))
+
+    def _missing(
+        self, contexts: Sequence[StoredContext], paths: Sequence[int]
+    ) -> list[StoredContext]:
+        """The contexts whose paths are not cached whole, each once."""
+        missing = {
+            context.id: context
+            for context, cached in zip(contexts, paths, strict=True)
+            if cached < len(context.prefix.ids) + len(context.ids)
+        }
+        return list(missing.values())
 
     def _own_part(self, contexts: Sequence[StoredContext], paths: Sequence[int]) -> list[int]:
         return [
@@ -209,10 +207,7 @@ class Registry:
             for context, cached in zip(contexts, paths, strict=True)
         ]
 
-    def _observe(self, usage: Usage | None) -> None:
-        if self._metrics is None:
-            return
-        if usage is not None:
-            self._metrics.observe_registration(usage)
-        store = self.store
-        self._metrics.observe_store(len(store), store.tokens, store.pinned_tokens)
+    def _observe_store(self) -> None:
+        if self._metrics is not None:
+            store = self.store
+            self._metrics.observe_store(len(store), store.tokens, store.pinned_tokens)

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sglang_ape import compat
 from sglang_ape.arguments import (
@@ -15,6 +17,7 @@ from sglang_ape.arguments import (
     refuse_combinations,
     refuse_model,
 )
+from sglang_ape.limits import POOL_MARGIN, Limits, pin_cap
 
 TORCH = "torch_native"
 
@@ -108,6 +111,8 @@ def test_the_flags_and_their_defaults_are_those_of_the_contract() -> None:
         "ape_temperature": 0.9,
         "ape_scale": 0.9,
         "ape_max_context_tokens": None,
+        "ape_max_pinned_tokens": None,
+        "ape_store_max_tokens": 16_777_216,
     }
 
 
@@ -140,6 +145,8 @@ def test_without_ape_nothing_is_changed() -> None:
         ("ape_temperature", 0.5, "--ape-temperature"),
         ("ape_scale", 1.0, "--ape-scale"),
         ("ape_max_context_tokens", 10, "--ape-max-context-tokens"),
+        ("ape_max_pinned_tokens", 0, "--ape-max-pinned-tokens"),
+        ("ape_store_max_tokens", 10, "--ape-store-max-tokens"),
     ],
 )
 def test_our_flags_have_no_effect_without_enable_ape_and_say_so(
@@ -164,16 +171,69 @@ def test_a_scale_outside_the_range_is_refused(value: float) -> None:
     assert str(value) in message
 
 
+@pytest.mark.parametrize("field", ["ape_max_context_tokens", "ape_store_max_tokens"])
 @pytest.mark.parametrize("value", [0, -5])
-def test_a_token_limit_that_is_not_positive_is_refused(value: int) -> None:
-    message = refusal(apply_defaults, server_args(ape_max_context_tokens=value))
-    assert "--ape-max-context-tokens" in message
+def test_a_token_limit_that_is_not_positive_is_refused(field: str, value: int) -> None:
+    message = refusal(apply_defaults, server_args(**{field: value}))
+    assert flag_name(field) in message
     assert str(value) in message
+
+
+def test_pins_may_be_forbidden_but_not_be_negative() -> None:
+    apply_defaults(server_args(ape_max_pinned_tokens=0))
+    message = refusal(apply_defaults, server_args(ape_max_pinned_tokens=-1))
+    assert "--ape-max-pinned-tokens" in message
+    assert "-1" in message
 
 
 @pytest.mark.parametrize(("temperature", "scale"), [(10, 10), (0.01, 0), (1, 1.0)])
 def test_the_ends_of_the_ranges_are_taken(temperature: float, scale: float) -> None:
     apply_defaults(server_args(ape_temperature=temperature, ape_scale=scale))
+
+
+# ---------------------------------------------------------------- how much may be pinned
+
+
+def limits_of(pool_tokens: int, window: int) -> Limits:
+    return Limits(window, context_tokens=window, pool_tokens=pool_tokens, vocab_size=100)
+
+
+@given(pool=st.integers(1, 5000), window=st.integers(1, 5000), data=st.data())
+def test_beside_the_default_of_pins_every_plain_request_still_fits(
+    pool: int, window: int, data: st.DataObject
+) -> None:
+    limits = limits_of(pool, window)
+    cap = pin_cap(None, pool, window)
+    assert 0 <= cap <= pool // 2
+    if window > limits.usable_pool_tokens:
+        assert cap == 0, "not even without pins would there be room"
+        return
+    tokens = data.draw(st.integers(1, window))
+    new = data.draw(st.none() | st.integers(0, 2 * window))
+    assert tokens + limits.new_tokens(tokens, new) <= limits.room_beside(cap)
+
+
+def test_the_default_of_pins_is_half_of_a_large_pool() -> None:
+    assert pin_cap(None, 1000, 100) == 500
+    assert pin_cap(None, 1000, 600) == 1000 - 600 - POOL_MARGIN
+
+
+def test_a_given_number_of_pins_is_taken_as_it_is() -> None:
+    most = 1000 - POOL_MARGIN - 1
+    assert [pin_cap(given, 1000, 900) for given in (0, 1, 500, most)] == [0, 1, 500, most]
+
+
+@pytest.mark.parametrize("given", [1000 - POOL_MARGIN, 2000])
+def test_pins_that_leave_nothing_of_the_pool_are_refused_with_the_numbers(given: int) -> None:
+    message = refusal(pin_cap, given, 1000, 100)
+    assert f"--ape-max-pinned-tokens {given}" in message
+    assert "1000" in message
+
+
+def test_an_answer_ends_at_the_window() -> None:
+    limits = limits_of(1000, 100)
+    assert [limits.new_tokens(90, wanted) for wanted in (None, 4, 40)] == [10, 4, 10]
+    assert limits.new_tokens(120, None) == 0
 
 
 # ---------------------------------------------------------------- combinations

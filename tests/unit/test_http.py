@@ -460,7 +460,7 @@ def test_nothing_of_an_oversized_body_is_kept(monkeypatch: pytest.MonkeyPatch) -
         return {"type": "http.request", "body": piece, "more_body": len(watched) < 20}
 
     with pytest.raises(ApeRequestError) as caught:
-        run(http._read_body(receive))
+        run(http.read_body(receive))
     assert caught.value.status_code == 413
     assert max(alive) <= 4, alive
     assert alive[-1] <= 1, alive

@@ -344,8 +344,10 @@ class Host:
         assert self.tree.evictable_size() == sum(len(n.key) for n in nodes if n.lock_ref == 0)
         assert all(len(node.key) == len(node.value) > 0 for node in nodes)
         wanted = Counter(id(node) for req in self.active for node in path_nodes(req, self.tree))
+        for end in self.tree.pins._locked.values():
+            wanted.update(id(node) for node in nodes_above(end, self.tree))
         held = {id(node): node.lock_ref for node in locked}
-        assert held == dict(wanted), "locks are not those of the active requests"
+        assert held == dict(wanted), "locks are not those of the active requests and the pins"
         leaves = {id(n) for n in nodes if not n.children and n.lock_ref == 0}
         assert {id(node) for node in self.tree.evictable_leaves} == leaves
 
@@ -363,13 +365,19 @@ def path_nodes(req: Request, tree: ApeRadixCache) -> Iterator[TreeNode]:
     handle = req.last_node
     ends = (handle.prefix, handle.query) if isinstance(handle, Handle) else (handle,)
     for node in ends:
-        while node is not None and node is not tree.root_node:
-            yield node
-            node = node.parent
+        if node is not None:
+            yield from nodes_above(node, tree)
     for node in handle.contexts if isinstance(handle, Handle) else ():
         while node is not handle.prefix:
             yield node
             node = node.parent
+
+
+def nodes_above(node: TreeNode, tree: ApeRadixCache) -> Iterator[TreeNode]:
+    """A node and all above it, without the root."""
+    while node is not tree.root_node:
+        yield node
+        node = node.parent
 
 
 @pytest.fixture
@@ -907,11 +915,26 @@ class TreeMachine(RuleBasedStateMachine):
         self.host.tree.reset()
         self.host.slots.clear()
 
+    @rule(
+        name=st.sampled_from(["one", "two"]),
+        prefix=st.sampled_from(PREFIXES),
+        context=st.sampled_from(CONTEXTS),
+        extra_key=st.sampled_from(KEYS),
+    )
+    def pin(self, name: str, prefix: list[int], context: list[int], extra_key: str | None) -> None:
+        self.host.tree.pins.add(name, array("q", prefix + context), extra_key)
+
+    @rule(name=st.sampled_from(["one", "two"]))
+    def unpin(self, name: str) -> None:
+        self.host.tree.pins.remove(name)
+
     @invariant()
     def everything_adds_up(self) -> None:
         self.host.check()
 
     def teardown(self) -> None:
+        for name in ("one", "two"):
+            self.host.tree.pins.remove(name)
         for req in list(self.host.active):
             self.host.abort(req)
         self.host.check()
