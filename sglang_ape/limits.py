@@ -21,6 +21,7 @@ class Limits(NamedTuple):
     context_tokens: int  # tokens of all contexts of one request
     pool_tokens: int  # tokens that the KV pool holds
     vocab_size: int
+    default_new_tokens: int = 128  # sampling/sampling_params.py: SamplingParams
 
     @property
     def usable_pool_tokens(self) -> int:
@@ -29,6 +30,11 @@ class Limits(NamedTuple):
 
     def room_beside(self, pinned_tokens: int) -> int:
         return self.usable_pool_tokens - pinned_tokens
+
+    def asked_new_tokens(self, params: Mapping[str, Any]) -> int | None:
+        """``max_new_tokens`` of a request as SGLang reads it; None for up to the window."""
+        given = params.get("max_new_tokens", self.default_new_tokens)
+        return given if isinstance(given, int) else None
 
     def new_tokens(self, positions: int, max_new_tokens: int | None) -> int:
         """How many tokens an input of so many positions may get as an answer."""
@@ -39,8 +45,6 @@ class Limits(NamedTuple):
 # SGLang keeps 6 tokens of the pool back from the longest prompt (managers/tp_worker.py:
 # get_worker_info), and admits a request only with room for a page and one new token.
 POOL_MARGIN = 8
-
-_DEFAULT_NEW_TOKENS = 128  # sampling/sampling_params.py: SamplingParams
 
 
 def pin_cap(given: int | None, pool_tokens: int, window: int) -> int:
@@ -90,7 +94,7 @@ def _check_beside_pins(manager: Any, obj: Any, input_ids: Sequence[int] | None) 
     if getattr(obj, "ape_encodes", False):
         return
     room = entry.limits.room_beside(entry.store.pinned_tokens)
-    new_tokens = asked_new_tokens(obj.sampling_params or {})
+    new_tokens = entry.limits.asked_new_tokens(obj.sampling_params or {})
     need = len(input_ids) + entry.limits.new_tokens(len(input_ids), new_tokens)
     if need > room:
         raise ValueError(
@@ -120,12 +124,6 @@ def around_validate_input_length(
     if spec is None:
         return original(req, max_req_input_len, allow_auto_truncate)
     return original(req, max_req_input_len + spec.hidden_tokens, False)
-
-
-def asked_new_tokens(params: Mapping[str, Any]) -> int | None:
-    """``max_new_tokens`` of a request as SGLang reads it; None for up to the window."""
-    given = params.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
-    return given if isinstance(given, int) else None
 
 
 def _spec_of_input(obj: Any) -> ApeSpec | None:

@@ -14,7 +14,7 @@ from sglang_ape.entry.chat import ContextMarker
 from sglang_ape.entry.known import resolve
 from sglang_ape.entry.report import RowParts, reported
 from sglang_ape.errors import ApeRequestError
-from sglang_ape.limits import Limits, asked_new_tokens, pin_cap
+from sglang_ape.limits import Limits, pin_cap
 from sglang_ape.spec import CUSTOM_PARAM_KEYS
 from sglang_ape.store.contexts import ContextStore, Tenant
 
@@ -72,6 +72,7 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
             context_tokens=args.ape_max_context_tokens,
             pool_tokens=pool_tokens,
             vocab_size=config.vocab_size,
+            **_preferred(manager),
         ),
         defaults=expand.Defaults(args.ape_temperature, args.ape_scale),
         marker=ContextMarker(tokenizer) if with_chat and tokenizer is not None else None,
@@ -80,6 +81,12 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
         metrics=counted,
         logs_requests=args.log_requests,
     )
+
+
+def _preferred(manager: Any) -> dict[str, int]:
+    """``max_new_tokens`` of ``--preferred-sampling-params``, which requests may leave out."""
+    given = (manager.preferred_sampling_params or {}).get("max_new_tokens")
+    return {} if given is None else {"default_new_tokens": given}
 
 
 def around_generate_request(
@@ -178,7 +185,7 @@ def _row(
     new_tokens = given if isinstance(given, int) else None
     expand.check_row(prefix, contexts, query, new_tokens, entry.limits, names)
     if entry.store.pinned_tokens:
-        asked = asked_new_tokens(params)
+        asked = entry.limits.asked_new_tokens(params)
         _check_beside_pins(entry, tenant, prefix, contexts, query, asked, names)
     parts = RowParts(len(prefix), tuple(map(len, contexts)))
     return expand.build_row(prefix, contexts, query, item, entry.defaults), parts

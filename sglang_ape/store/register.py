@@ -110,7 +110,8 @@ class Registry:
         computed |= await self._encode_some(missing)
         if pin:
             await self._pin(contexts)  # once more: encoding loads an adapter that was not loaded
-        computed |= await self._encode_some(await self._touch_missing(contexts) if pin else [])
+        missing = await self._touch_missing(contexts)  # they count as contexts from now on
+        computed |= await self._encode_some(missing if pin else [])
         reused = []
         for context, tokens in zip(contexts, cached, strict=True):
             reused.append(tokens if context.id in computed else len(context.ids))
@@ -120,9 +121,10 @@ class Registry:
     async def _pin(self, contexts: Sequence[StoredContext]) -> None:
         """Have the scheduler keep what is cached, and what is not as soon as it is."""
         paths = self._paths([context for context in contexts if context.pinned])
-        await self._channel.pin(list(paths.values()))
-        # What was forgotten while this call was under way, nobody else will unpin.
-        await self._channel.unpin([c.id for c in contexts if not self.store.is_pinned(c.id)])
+        try:
+            await self._channel.pin(list(paths.values()))
+        finally:  # what was forgotten while this call was under way, nobody else will unpin
+            await self._channel.unpin([c.id for c in contexts if not self.store.is_pinned(c.id)])
 
     async def _encode_some(self, contexts: Sequence[StoredContext]) -> set[str]:
         """Returns the ids of those that this call encoded; others did the rest."""

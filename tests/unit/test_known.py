@@ -18,7 +18,6 @@ from sglang_ape.limits import (
     POOL_MARGIN,
     Limits,
     around_validate_one_request,
-    asked_new_tokens,
 )
 from sglang_ape.store.contexts import ContextStore, Tenant
 from tests.unit.test_expand import DEFAULTS, CharTokenizer, apply, make_obj
@@ -267,7 +266,7 @@ def test_an_answer_without_a_bound_may_fill_the_window() -> None:
     ],
 )
 def test_the_asked_length_is_what_sglang_reads(params: dict[str, Any], asked: int | None) -> None:
-    assert asked_new_tokens(params) == asked
+    assert Limits(64, 64, 64, 8).asked_new_tokens(params) == asked
 
 
 @pytest.mark.parametrize("spare", [0, -1])

@@ -425,19 +425,27 @@ def test_a_call_that_is_given_up_can_be_repeated_and_goes_on(
     assert given_up[0] and not given_up[-1]
 
 
-def test_a_call_that_is_given_up_leaves_nothing_pinned_unseen(server: Server) -> None:
-    """What it had pinned is in the store, where it can be deleted."""
+@pytest.mark.parametrize("message_tokens", [1, 1000])
+def test_a_call_that_is_given_up_leaves_no_pin_of_what_was_deleted(
+    monkeypatch: pytest.MonkeyPatch, message_tokens: int
+) -> None:
+    monkeypatch.setattr(channel, "_MESSAGE_TOKENS", message_tokens)
 
-    async def give_up() -> None:
+    async def give_up(server: Server, count: int) -> None:
         task = asyncio.create_task(server.register(A, B, pin=True))
-        await steps(8)
-        assert task.cancel()
+        await steps(count)
+        known = list(server.store)
+        deleted = asyncio.gather(*(server.registry.forget(context.id) for context in known))
+        await steps(7)
+        task.cancel()
+        await deleted
         await server.settle()
-        for context in list(server.store):
-            await server.registry.forget(context.id)
 
-    run(give_up())
-    server.assert_no_pin_is_left()
+    for count in range(1, 60):
+        server = Server()
+        run(give_up(server, count))
+        assert len(server.store) == 0
+        assert not server.host.tree.pins._paths, count
 
 
 @pytest.mark.parametrize("message_tokens", [1, 1000])
