@@ -102,8 +102,10 @@ class Registry:
         paths = await self._ask(self._channel.touch, contexts)
         cached = self._own_part(contexts, paths)
         missing = self._missing(contexts, paths)
+        if not missing:
+            return cached
         computed: set[str] = set()
-        if missing and min(paths) < len(contexts[0].prefix.ids):
+        if min(paths) < len(contexts[0].prefix.ids):
             # The first brings the prefix, which the others then find.
             computed |= await self._encode_some(missing[:1])
             missing = await self._touch_missing(contexts)

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from sglang_ape import preload
 from sglang_ape.errors import ApeRequestError
-from sglang_ape.preload import API_KEY_VARIABLE, IdFile, InputError, Record
+from sglang_ape.preload.__main__ import API_KEY_VARIABLE, main
+from sglang_ape.preload.documents import InputError
+from sglang_ape.preload.id_file import IdFile, Record
+from sglang_ape.preload.run import Preload
 from tests.unit.test_client import FakeServer
 
 TEXTS = [f"The {name} carries no cargo today.\n" for name in ("Heron", "Lark", "Ibis", "Rook", "é")]
@@ -55,7 +57,7 @@ class Command:
 
     def __call__(self, *further: str, status: int = 0) -> str:
         """Run it; what it printed."""
-        assert preload.main(self.arguments(*further)) == status
+        assert main(self.arguments(*further)) == status
         printed = self._capsys.readouterr()
         assert bool(printed.err) == (status != 0), printed.err
         return printed.out + printed.err
@@ -257,7 +259,7 @@ def test_a_document_that_the_server_refuses_is_named_by_its_line(run: Command) -
 def test_documents_that_change_meanwhile_are_noticed(
     run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preload.Preload, "_resume", lambda _: run.write(TEXTS[1:]))
+    monkeypatch.setattr(Preload, "_resume", lambda _: run.write(TEXTS[1:]))
     assert f"error: {run.path} was changed while it was read\n" in run(status=1)
     assert run.take_sent() == TEXTS[1:]
 
