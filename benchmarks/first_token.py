@@ -358,7 +358,8 @@ def run(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]
         warm_up(client, texts, contexts, forms)
         samples = measure(client, texts, contexts, forms, given.rounds)
     return {
-        "command": sys.argv,
+        "command": ["python", "-m", "benchmarks.first_token", *sys.argv[1:]],
+        "model": _config(given.model),
         "machine": {**describe(), "cpu": _cpu(), "load": load},
         "server": flags,
         "contexts": len(contexts.ids),
@@ -371,6 +372,12 @@ def run(given: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]
             form: [sample._asdict() for sample in of_form] for form, of_form in samples.items()
         },
     }
+
+
+def _config(model: str) -> dict[str, Any] | None:
+    """The shape of a model in a folder, before ``--json-model-override-args``."""
+    path = Path(model) / "config.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _cpu() -> str | None:

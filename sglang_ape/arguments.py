@@ -96,7 +96,7 @@ _RESTRICTED = (
     _Allowed("language_only", (False,), "multimodal models are not supported"),
     _Allowed("is_embedding", (False,), "embedding models have no query to decode"),
     _Allowed("pp_size", (1,), "use tensor parallelism"),
-    _Allowed("dp_size", (1,), "run one server a replica behind SGLang's router"),
+    _Allowed("dp_size", (1,), "run one server a replica"),
     _Allowed("enable_dp_attention", (False,), "use tensor parallelism"),
     _Allowed("dcp_size", (1,), "use tensor parallelism"),
     _Allowed("attn_cp_size", (1,), "use tensor parallelism"),

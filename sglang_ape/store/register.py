@@ -44,6 +44,7 @@ class Registry:
         self._logs_requests = manager.server_args.log_requests
         self._encoding: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_ENCODED_AT_ONCE)
+        self._observe_store()
 
     async def register(
         self, tenant: Tenant, prefix: Ids, contexts: Sequence[Ids], pin: bool

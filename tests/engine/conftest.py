@@ -26,6 +26,7 @@ def store_server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         *("--enable-ape", "--enable-metrics", "--api-key", API_KEY),
         *("--served-model-name", "tiny", "--max-total-tokens", "6000"),
         *("--ape-max-pinned-tokens", "2000", "--ape-max-context-tokens", "5000"),
+        *("--tool-call-parser", "pythonic", "--constrained-json-disable-any-whitespace"),
     )
     with Server(tiny_llama, flags, tmp_path_factory.mktemp("store_server") / "log") as server:
         server.client.headers["Authorization"] = f"Bearer {API_KEY}"

@@ -11,7 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import sglang as sgl
 
+from sglang_ape import ContextStore
 from tests.engine.conftest import API_KEY
 from tests.support.server import Server
 
@@ -185,26 +187,37 @@ def test_several_choices_count_the_contexts_once(server: Server, client: openai.
     assert answer.usage.prompt_tokens_details.contexts == 3
 
 
-def test_tools_and_a_json_schema_hold_with_ids(server: Server, client: openai.OpenAI) -> None:
-    tools: Any = [
-        {
-            "type": "function",
-            "function": {
-                "name": "look_up",
-                "parameters": {"type": "object", "properties": {"ship": {"type": "string"}}},
-            },
-        }
-    ]
-    found = _by_id(_register(server, CONTEXTS, prefix=None, messages=MESSAGES, tools=tools))
-    answer = _chat(client, found, tools=tools, tool_choice="none")
-    assert answer.choices[0].message.content
-    schema = {
-        "type": "object",
-        "properties": {"ship": {"enum": ["Heron", "Lark"]}},
-        "required": ["ship"],
-        "additionalProperties": False,
-    }
-    form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+SHIP = {
+    "type": "object",
+    "properties": {"ship": {"enum": ["Heron", "Lark"]}},
+    "required": ["ship"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [{"type": "function", "function": {"name": "look_up", "parameters": SHIP}}]
+
+
+@pytest.mark.parametrize("by", ["text", "id"])
+def test_a_required_tool_is_called_with_contexts_present(
+    server: Server, client: openai.OpenAI, by: str
+) -> None:
+    found = _register(server, CONTEXTS, prefix=None, messages=MESSAGES, tools=TOOLS)
+    contexts = CONTEXTS if by == "text" else _by_id(found)
+    options: Any = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
+    options["parallel_tool_calls"] = False  # this model would never stop calling
+    message = _chat(client, contexts, **options).choices[0].message
+    call = message.tool_calls[0].function
+    assert call.name == "look_up"
+    assert json.loads(call.arguments)["ship"] in ("Heron", "Lark")
+    chunks = _chat(client, contexts, stream=True, **options)
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    calls = [part.function for delta in deltas for part in delta.tool_calls or ()]
+    assert calls[0].name == "look_up"
+    assert "".join(part.arguments or "" for part in calls) == call.arguments
+
+
+def test_a_json_schema_holds_with_ids(server: Server, client: openai.OpenAI) -> None:
+    found = _by_id(_register(server, CONTEXTS, prefix=None, messages=MESSAGES))
+    form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": SHIP}}
     answer = _chat(client, found, response_format=form, max_tokens=60)
     assert json.loads(answer.choices[0].message.content or "")["ship"] in ("Heron", "Lark")
 
@@ -219,6 +232,26 @@ def test_completions_take_ids(server: Server, client: openai.OpenAI) -> None:
     assert by_id.choices[0].text == by_text.choices[0].text
     assert by_id.usage and by_id.usage.prompt_tokens_details
     assert by_id.usage.prompt_tokens_details.contexts == 3  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------- programs
+
+
+@sgl.function
+def one_question(s: Any, documents: list[Any]) -> None:
+    s += PREFIX
+    s += sgl.parallel_contexts(documents)
+    s += QUESTION + sgl.gen("answer", temperature=0, max_tokens=6, ignore_eos=True)
+
+
+def test_a_program_takes_ids_beside_texts(server: Server) -> None:
+    backend = sgl.RuntimeEndpoint(server.url, api_key=API_KEY)
+    ids = _by_id(ContextStore(backend).register(CONTEXTS[:2], prefix=PREFIX))
+    by_text = one_question.run(documents=CONTEXTS, backend=backend)
+    by_id = one_question.run(documents=[*ids, CONTEXTS[2]], backend=backend)
+    assert by_id["answer"] == by_text["answer"]
+    assert by_id["answer"] == _ask(server, CONTEXTS, prefix=PREFIX)["text"]
+    assert by_id.get_meta_info("answer")["ape"]["contexts"] == 3
 
 
 # ---------------------------------------------------------------- the cache
