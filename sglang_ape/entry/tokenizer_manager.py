@@ -129,7 +129,7 @@ def apply_call(entry: Entry, call: ApeCall, obj: Any) -> list[RowParts]:
     name = call.door.text if obj.text is not None else call.door.ids
     if (call.batched and not batched) or len(queries) != len(call.items):
         wanted = f"{len(queries)} lists of contexts" if batched else "one list of contexts"
-        got = f"{len(call.items)} lists" if call.batched else "one list"
+        got = "one list" if len(call.items) == 1 else f"{len(call.items)} lists"
         raise ApeRequestError(f"{name} needs {wanted}, got {got}", "contexts")
 
     sampling = _sampling_params(obj.sampling_params, len(queries))

@@ -173,6 +173,8 @@ def _optional_text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
         raise ApeRequestError(f"{name} must be a string, got {type(value).__name__}", name)
+    if value == "":  # SGLang's routes do not agree on what that means
+        raise ApeRequestError(f"{name} must not be empty; leave it out", name)
     return None if value is None else check_text(value, name)
 
 

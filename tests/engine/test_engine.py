@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import sglang
 
+from sglang_ape import ContextStore
 from tests.support.oracle import Oracle
 
 SAMPLING = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
@@ -178,6 +179,25 @@ def test_two_calls_at_once_keep_their_own_contexts(engine: sglang.Engine) -> Non
     alone = [engine.generate(**call(text))["text"] for text in ("The baker.", "A train.")]
     alone.append(engine.generate(prompt="Who?", sampling_params=SAMPLING)["text"])
     assert together == alone
+
+
+def test_contexts_registered_in_the_process_stand_for_their_texts(engine: sglang.Engine) -> None:
+    texts = ["The harbour is closed.", "The gardener planted lettuce."]
+    call: dict[str, Any] = dict(prompt="Who?", sampling_params=SAMPLING)
+    store = ContextStore(engine)
+    found = store.register(texts, prefix="Documents: ")
+    ids = [{"id": context["id"]} for context in found]
+    assert [{"id": context["id"]} for context in store.contexts()] == ids
+    by_id = engine.generate(**call, contexts=ids)
+    by_text = engine.generate(**call, contexts=texts, prefix="Documents: ")
+    assert by_id["output_ids"] == by_text["output_ids"]
+    tokens = sum(context["tokens"] for context in found)
+    assert by_id["meta_info"]["ape"]["cached_context_tokens"] == tokens
+    for context in found:
+        store.forget(context["id"])
+    assert list(store.contexts()) == []
+    with pytest.raises(ValueError, match=r"contexts\[0\].id: no context is known"):
+        engine.generate(**call, contexts=ids)
 
 
 def test_errors_name_the_field(engine: sglang.Engine) -> None:

@@ -1,6 +1,5 @@
 """Programs of the frontend language get what the same requests get over HTTP."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import sglang as sgl
 import sglang_ape  # noqa: F401  adds sgl.parallel_contexts
 from examples import many_shot, rag, two_turns
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     "The Heron brought salt and timber on Monday.\n",
     "The Lark brought wool and barley on Tuesday.\n",
@@ -201,8 +199,12 @@ def test_a_refusal_of_the_server_reaches_the_caller(runtime: sgl.Runtime) -> Non
         program.run(backend=runtime)["answer"]
 
 
-def test_rag(runtime: sgl.Runtime) -> None:
-    answers = rag.run(runtime.url)
+TEMPLATES = pytest.mark.parametrize("template", [None, "chatml"])
+
+
+@TEMPLATES
+def test_rag(runtime: sgl.Runtime, template: str | None) -> None:
+    answers = rag.run(runtime.url, template)
     assert len(answers) == len(rag.QUESTIONS) and all(answers)
 
 
@@ -211,25 +213,9 @@ def test_many_shot(runtime: sgl.Runtime) -> None:
     assert len(labels) == len(many_shot.QUESTIONS) and set(labels) <= set(many_shot.LABELS)
 
 
-def test_two_turns(runtime: sgl.Runtime) -> None:
-    turns = two_turns.run(runtime.url)
+@TEMPLATES
+def test_two_turns(runtime: sgl.Runtime, template: str | None) -> None:
+    turns = two_turns.run(runtime.url, template)
     assert len(turns) == 2 and all(turn.answer for turn in turns)
     first, second = turns
     assert second.cached_tokens >= first.prompt_tokens - 1
-
-
-def _documented() -> list[str]:
-    text = (ROOT / "docs" / "programs.md").read_text()
-    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-
-
-def test_the_programs_of_the_documentation_run(
-    runtime: sgl.Runtime, capsys: pytest.CaptureFixture[str]
-) -> None:
-    blocks = [block for block in _documented() if "sgl.Runtime(" not in block]
-    code = "\n".join(blocks).replace("http://127.0.0.1:30000", runtime.url)
-    try:
-        exec(compile(code, "docs/programs.md", "exec"), {"__name__": "programs"})
-    finally:
-        sgl.set_default_backend(None)
-    assert "documents must not be empty" in capsys.readouterr().out

@@ -435,6 +435,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
     "tools without messages": ({"tools": [], "contexts": ["a"]}, "tools"),
     "pin of the wrong type": ({"contexts": ["a"], "pin": 1}, "pin"),
     "a tenant of the wrong type": ({"contexts": ["a"], "extra_key": 1}, "extra_key"),
+    "an empty tenant": ({"contexts": ["a"], "extra_key": ""}, "extra_key"),
     "an adapter that was never loaded": ({"contexts": ["a"], "lora_path": "x"}, "lora_path"),
     "an unknown field": ({"contexts": ["a"], "prefx": "b"}, None),
     "a list as the body": ([], None),  # type: ignore[dict-item]
