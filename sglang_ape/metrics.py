@@ -94,8 +94,7 @@ def entry_metrics(manager: Any) -> EntryMetrics | None:
     """The metrics of a ``TokenizerManager``, None where SGLang's own are off."""
     if not manager.enable_metrics:
         return None
-    args = manager.server_args
-    return EntryMetrics({"model_name": args.served_model_name, **(args.extra_metric_labels or {})})
+    return EntryMetrics(_labels(manager.server_args))
 
 
 def context_evictions(ctx: Any) -> Any:
@@ -106,11 +105,14 @@ def context_evictions(ctx: Any) -> Any:
     """
     from prometheus_client import Counter
 
-    args = ctx.server_args
-    labels = {"model_name": args.served_model_name, **(args.extra_metric_labels or {})}
+    labels = _labels(ctx.server_args)
     counter = Counter(
         "sglang:ape_evicted_contexts_total",
         "Contexts that lost their KV, or its end, to make room for others.",
         list(labels),
     )
     return counter.labels(**labels)
+
+
+def _labels(args: Any) -> dict[str, str]:
+    return {"model_name": args.served_model_name, **(args.extra_metric_labels or {})}

@@ -13,6 +13,7 @@ from sglang_ape.entry.call import ApeItem, Context, ContextId, Ids, Text, check_
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.spec import ApeSpec
+from sglang_ape.store.contexts import digest_of
 
 # From here down the softmax over contexts is one-hot in fp32 and its result no longer changes, but
 # logits divided by an ever smaller T would overflow.
@@ -112,13 +113,9 @@ def build_row(
 
 def namespace_of(prefix: Ids, contexts: Sequence[Ids], temperature: float, scale: float) -> str:
     """A name for all that the query's KV depends on; the order of contexts is no part of it."""
-
-    def digest(ids: Ids) -> bytes:
-        return hashlib.sha256(ids).digest()
-
     whole = hashlib.sha256(repr((float(temperature), float(scale))).encode())
-    whole.update(digest(prefix))
-    for part in sorted(map(digest, contexts)):
+    whole.update(digest_of(prefix))
+    for part in sorted(map(digest_of, contexts)):
         whole.update(part)
     return whole.hexdigest()
 
