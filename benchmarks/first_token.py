@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.gpu_speed.machine import describe
+from benchmarks.common.machine import describe
 from benchmarks.gpu_speed.timing import summarise
 
 TEXT, IDS, STORE, SEQUENCE = "text", "input_ids", "store id", "plain"

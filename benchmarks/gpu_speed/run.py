@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_speed import machine
+from benchmarks.common import machine
 from benchmarks.gpu_speed.client import SCALE, TEMPERATURE, Client
 from benchmarks.gpu_speed.record import Record
 from benchmarks.gpu_speed.scale import Scale

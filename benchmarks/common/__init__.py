@@ -1,0 +1,1 @@
+"""What the benchmarks share: servers, requests, prompts, scores, controls, results."""
