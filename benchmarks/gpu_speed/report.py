@@ -6,13 +6,13 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_speed.record import ENGINES
-from benchmarks.gpu_speed.scale import SCALES, Scale
-from benchmarks.gpu_speed.shape import (
+from benchmarks.gpu_speed.operations import (
     decode_bytes,
     parallel_operations,
     sequential_operations,
 )
+from benchmarks.gpu_speed.record import ENGINES
+from benchmarks.gpu_speed.scale import SCALES, Scale
 from benchmarks.gpu_speed.timing import Summary, summarise
 
 STOCK = ENGINES[1:]

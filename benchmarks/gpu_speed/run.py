@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
+from benchmarks.common.shape import write_config
 from benchmarks.gpu_speed.client import SCALE, TEMPERATURE, Client
 from benchmarks.gpu_speed.record import Record
 from benchmarks.gpu_speed.scale import Scale
 from benchmarks.gpu_speed.sections import Sections
-from benchmarks.gpu_speed.shape import write_config
 
 SECTIONS = ("floor", "plain", "cold", "ttft", "decode", "e2e", "memory")
 _WITHOUT_ENGINE = ("floor", "memory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_speed.shape import LLAMA_8B, TINY, Shape
+from benchmarks.common.shape import LLAMA_8B, TINY, Shape
 
 
 class Mixed(NamedTuple):

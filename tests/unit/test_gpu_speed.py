@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.shape import LLAMA_8B, TINY, write_config
 from benchmarks.gpu_speed.__main__ import parse
 from benchmarks.gpu_speed.client import Client
+from benchmarks.gpu_speed.operations import (
+    attention_operations,
+    causal_pairs,
+    decode_bytes,
+    gemm_operations,
+    parallel_operations,
+    sequential_operations,
+)
 from benchmarks.gpu_speed.record import Record, read_records
 from benchmarks.gpu_speed.report import (
     COST,
@@ -24,17 +33,6 @@ from benchmarks.gpu_speed.report import (
 )
 from benchmarks.gpu_speed.run import engine_arguments
 from benchmarks.gpu_speed.scale import FULL, TINY_SCALE
-from benchmarks.gpu_speed.shape import (
-    LLAMA_8B,
-    TINY,
-    attention_operations,
-    causal_pairs,
-    decode_bytes,
-    gemm_operations,
-    parallel_operations,
-    sequential_operations,
-    write_config,
-)
 from benchmarks.gpu_speed.texts import Documents, Prompt, Texts
 from benchmarks.gpu_speed.timing import (
     Stream,
