@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any, NamedTuple, Optional
 
 MAX_TEMPERATURE = 10.0
 MAX_SCALE = 10.0
+DEFAULT_TEMPERATURE = 0.9
+DEFAULT_SCALE = 0.9
 TREE_BACKEND = "ape"
 ATTENTION_BACKENDS = ("flashinfer", "torch_native")
+
+logger = logging.getLogger(__name__)
 
 
 class Flag(NamedTuple):
@@ -28,20 +33,36 @@ FLAGS = (
         "Serve requests with parallel contexts (Adaptive Parallel Encoding).",
     ),
     Flag(
+        "ape_profile",
+        Optional[str],  # noqa: UP045  SGLang's argument parser knows this spelling only
+        None,
+        "File of python -m sglang_ape.calibrate, with T, S and the shared prefix for requests "
+        "that give none.",
+    ),
+    Flag(
         "ape_temperature",
-        float,
-        0.9,
-        "Attention temperature T of the contexts, 0 < T <= 10; a request may override it.",
+        Optional[float],  # noqa: UP045
+        None,
+        "Attention temperature T of the contexts, 0 < T <= 10; a request may override it. "
+        f"Default: the profile's, else {DEFAULT_TEMPERATURE}.",
     ),
     Flag(
         "ape_scale",
-        float,
-        0.9,
-        "Scaling factor S of the contexts' log-sum-exp, 0 <= S <= 10; a request may override it.",
+        Optional[float],  # noqa: UP045
+        None,
+        "Scaling factor S of the contexts' log-sum-exp, 0 <= S <= 10; a request may override it. "
+        f"Default: the profile's, else {DEFAULT_SCALE}.",
+    ),
+    Flag(
+        "ape_prefix",
+        Optional[str],  # noqa: UP045
+        None,
+        "Text of the prefix, to which special tokens are added, for requests that give none; chats "
+        "have their template's. Default: the profile's, else the BOS token and two newlines.",
     ),
     Flag(
         "ape_max_context_tokens",
-        Optional[int],  # noqa: UP045  SGLang's argument parser knows this spelling only
+        Optional[int],  # noqa: UP045
         None,
         "Tokens that the contexts of one request may hold in all; may exceed the model's window, "
         "which is the default. Every request slot reserves 4 bytes for each.",
@@ -134,12 +155,16 @@ _ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")
 def apply_defaults(args: Any) -> None:
     """Before SGLang resolves its arguments: check ours, set what APE needs.
 
+    A second call on the same arguments changes nothing.
+
     Raises:
-        ValueError: a flag is out of range or cannot be combined with ``--enable-ape``.
+        ValueError: a flag is out of range or cannot be combined with ``--enable-ape``, or there is
+            no profile where one should be.
     """
     if not args.enable_ape:
         _refuse_orphans(args)
         return
+    _resolve_profile(args)
     if not 0 < args.ape_temperature <= MAX_TEMPERATURE:
         raise ValueError(f"--ape-temperature must be in (0, 10], got {args.ape_temperature}")
     if not 0 <= args.ape_scale <= MAX_SCALE:
@@ -157,6 +182,38 @@ def apply_defaults(args: Any) -> None:
     args.page_size = 1
     args.radix_cache_backend = TREE_BACKEND
     args.attention_backend = _attention_backend(args)
+
+
+def _resolve_profile(args: Any) -> None:
+    """Fill in T, S and the prefix: a flag goes before the profile, and that before a default."""
+    profile = None
+    if args.ape_profile is not None:
+        from sglang_ape.calibrate.profile import ProfileError, read
+
+        try:
+            profile = read(args.ape_profile)
+        except ProfileError as error:
+            raise ValueError(f"--ape-profile: {error}") from None
+    defaults = {"temperature": DEFAULT_TEMPERATURE, "scale": DEFAULT_SCALE, "prefix": None}
+    for name, default in defaults.items():
+        if getattr(args, f"ape_{name}") is None:
+            setattr(args, f"ape_{name}", default if profile is None else getattr(profile, name))
+
+
+def warn_of_profile(args: Any) -> None:
+    """Say so in the log where the profile was made for another model."""
+    if args.ape_profile is None:
+        return
+    from sglang_ape.calibrate.profile import read
+
+    profile = read(args.ape_profile)
+    if not profile.is_for(args.model_path, args.served_model_name):
+        logger.warning(
+            "--ape-profile %s was made for the model %s, not for %s; T and S depend on the model",
+            args.ape_profile,
+            profile.model,
+            args.model_path,
+        )
 
 
 def refuse_combinations(args: Any) -> None:

@@ -150,6 +150,7 @@ def after_check_server_args(_result: None, args: Any) -> None:
     arguments.refuse_combinations(args)
     config = args.get_model_config()
     arguments.refuse_model(config, args.attention_backend)
+    arguments.warn_of_profile(args)
     if args.ape_max_context_tokens is None:
         args.override("ape", ape_max_context_tokens=config.context_len)
 

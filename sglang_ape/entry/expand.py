@@ -28,10 +28,11 @@ class Row(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """T and S of requests that do not give their own."""
+    """T, S and P of requests that do not give their own."""
 
     temperature: float
     scale: float
+    prefix: str | None = None  # None: as encode_prefix says
 
 
 def encode_text(tokenizer: Any, text: str, param: str, special_tokens: bool = False) -> Ids:

@@ -74,7 +74,7 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
             vocab_size=config.vocab_size,
             **_preferred(manager),
         ),
-        defaults=expand.Defaults(args.ape_temperature, args.ape_scale),
+        defaults=expand.Defaults(args.ape_temperature, args.ape_scale, args.ape_prefix),
         marker=ContextMarker(tokenizer) if with_chat and tokenizer is not None else None,
         store=store,
         registry=Registry(manager, store, counted),
@@ -179,7 +179,8 @@ def _row(
     encoded = expand.encode_contexts(entry.tokenizer, item.contexts, item.at)
     prefix, contexts = resolve(entry.store, tenant, own_prefix, encoded, item.at)
     if prefix is None:
-        prefix = expand.encode_prefix(entry.tokenizer, None, item.prefix_name)
+        default = entry.defaults.prefix
+        prefix = expand.encode_prefix(entry.tokenizer, default, item.prefix_name)
     names = expand.Names(prefix_name, f"contexts{item.at}", query_name, door.new_tokens)
     given = params.get("max_new_tokens")
     new_tokens = given if isinstance(given, int) else None

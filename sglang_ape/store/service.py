@@ -70,7 +70,8 @@ class ContextService:
         given, encoded = await asyncio.to_thread(self._encode, fields, parsed)
         prefix, known = resolve(self._entry.store, tenant, given, encoded, "")
         if prefix is None:
-            prefix = expand.encode_prefix(self._entry.tokenizer, None, "prefix")
+            default = self._entry.defaults.prefix
+            prefix = expand.encode_prefix(self._entry.tokenizer, default, "prefix")
         expand.check_contexts(prefix, known, self._entry.limits)
         registered = await self._registry.register(tenant, prefix, known, pin)
         return {

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from sglang_ape.arguments import (
     flag_name,
     refuse_combinations,
     refuse_model,
+    warn_of_profile,
 )
 from sglang_ape.limits import POOL_MARGIN, Limits, pin_cap
 
@@ -108,8 +111,10 @@ def refusal(check: Any, *subject: Any) -> str:
 def test_the_flags_and_their_defaults_are_those_of_the_contract() -> None:
     assert {flag.name: flag.default for flag in FLAGS} == {
         "enable_ape": False,
-        "ape_temperature": 0.9,
-        "ape_scale": 0.9,
+        "ape_profile": None,
+        "ape_temperature": None,
+        "ape_scale": None,
+        "ape_prefix": None,
         "ape_max_context_tokens": None,
         "ape_max_pinned_tokens": None,
         "ape_store_max_tokens": 16_777_216,
@@ -142,7 +147,9 @@ def test_without_ape_nothing_is_changed() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "flag"),
     [
-        ("ape_temperature", 0.5, "--ape-temperature"),
+        ("ape_profile", "profile.json", "--ape-profile"),
+        ("ape_prefix", "", "--ape-prefix"),
+        ("ape_temperature", 0.9, "--ape-temperature"),
         ("ape_scale", 1.0, "--ape-scale"),
         ("ape_max_context_tokens", 10, "--ape-max-context-tokens"),
         ("ape_max_pinned_tokens", 0, "--ape-max-pinned-tokens"),
@@ -189,6 +196,97 @@ def test_pins_may_be_forbidden_but_not_be_negative() -> None:
 @pytest.mark.parametrize(("temperature", "scale"), [(10, 10), (0.01, 0), (1, 1.0)])
 def test_the_ends_of_the_ranges_are_taken(temperature: float, scale: float) -> None:
     apply_defaults(server_args(ape_temperature=temperature, ape_scale=scale))
+
+
+# ---------------------------------------------------------------- the profile
+
+FIELDS = ("temperature", "scale", "prefix")
+
+
+def profile_file(folder: Path, **given: Any) -> str:
+    path = folder / "profile.json"
+    fields = {"version": 1, "model": "m", "temperature": 0.4, "scale": 0.7, "prefix": "Notes:\n"}
+    path.write_text(json.dumps({**fields, **given}))
+    return str(path)
+
+
+def resolved(args: SimpleNamespace) -> list[Any]:
+    return [getattr(args, f"ape_{name}") for name in FIELDS]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, [0.4, 0.7, "Notes:\n"]),
+        ({"ape_temperature": 0.9}, [0.9, 0.7, "Notes:\n"]),
+        ({"ape_scale": 0.0}, [0.4, 0.0, "Notes:\n"]),
+        ({"ape_prefix": ""}, [0.4, 0.7, ""]),
+        ({"ape_temperature": 1, "ape_scale": 1, "ape_prefix": "P"}, [1, 1, "P"]),
+    ],
+)
+def test_a_flag_goes_before_the_profile_and_the_profile_before_the_default(
+    tmp_path: Path, flags: dict[str, Any], expected: list[Any]
+) -> None:
+    args = server_args(ape_profile=profile_file(tmp_path), **flags)
+    for _ in range(2):
+        apply_defaults(args)
+        assert resolved(args) == expected
+
+
+def test_a_profile_without_a_prefix_leaves_the_default_one(tmp_path: Path) -> None:
+    args = server_args(ape_profile=profile_file(tmp_path, prefix=None))
+    apply_defaults(args)
+    assert resolved(args) == [0.4, 0.7, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "version: Field required"),
+        ('{"version": 2, "model": "m", "temperature": 1, "scale": 1}', "version"),
+        ('{"version": 1, "model": "m", "temperature": 0, "scale": 1}', "temperature"),
+        ('{"version": 1, "model": "m", "temperature": "1", "scale": 1}', "temperature"),
+        ('{"version": 1, "model": "m", "temperature": 1, "scale": 11}', "scale"),
+        ('{"version": 1, "model": "m", "temperature": 1, "scale": 1, "soft": 1}', "soft"),
+        ('{"version": 1, "temperature": 1, "scale": 1}', "model: Field required"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused_with_flag_and_reason(
+    tmp_path: Path, content: str | None, reason: str
+) -> None:
+    path = tmp_path / "profile.json"
+    if content is not None:
+        path.write_text(content)
+    message = refusal(apply_defaults, server_args(ape_profile=str(path)))
+    assert message.startswith("--ape-profile: ")
+    assert str(path) in message and reason in message
+
+
+@pytest.mark.parametrize(
+    ("model", "served", "warned"),
+    [
+        ("/models/m", None, False),
+        ("/models/m/", None, False),
+        ("org/m", "tiny", False),
+        ("/models/other", "m", False),
+        ("/models/other", None, True),
+        ("/models/m/weights", "tiny", True),
+    ],
+)
+def test_a_profile_of_another_model_is_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    model: str,
+    served: str | None,
+    warned: bool,
+) -> None:
+    path = profile_file(tmp_path)
+    warn_of_profile(server_args(ape_profile=path, model_path=model, served_model_name=served))
+    assert bool(caplog.records) == warned
+    assert all(path in one.message and model in one.message for one in caplog.records)
 
 
 # ---------------------------------------------------------------- how much may be pinned

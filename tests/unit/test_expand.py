@@ -303,7 +303,7 @@ def test_every_text_is_tokenised_by_itself_and_special_tokens_go_to_the_prefix_a
     spec = spec_in(obj.sampling_params)
     assert spec is not None
     assert (spec.prefix_len, spec.context_lens) == (2, (2, 1, 1))
-    assert (spec.temperature, spec.scale) == DEFAULTS
+    assert (spec.temperature, spec.scale) == (DEFAULTS.temperature, DEFAULTS.scale)
 
 
 def test_ids_are_taken_as_they_are() -> None:
@@ -320,6 +320,16 @@ def test_the_default_prefix_is_bos_and_two_newlines() -> None:
 def test_the_default_prefix_of_a_model_without_bos_is_two_newlines() -> None:
     obj = apply(make_obj(text="q"), {"contexts": ["a", "b"]}, make_entry(CharTokenizer(bos=None)))
     assert listed(obj.input_ids) == ids_of("\n\nabq")
+
+
+def test_the_default_prefix_of_a_profile_is_text_with_special_tokens() -> None:
+    entry = make_entry()._replace(defaults=DEFAULTS._replace(prefix="N"))
+    obj = apply(make_obj(text="q"), {"contexts": ["a", "b"]}, entry)
+    assert listed(obj.input_ids) == [START, *ids_of("Nabq")]
+    obj = apply(make_obj(text="q"), {"contexts": ["a", "b"], "prefix": "P"}, entry)
+    assert listed(obj.input_ids) == [START, *ids_of("Pabq")]
+    obj = apply(make_obj(text="q"), {"contexts": ["a", "b"], "prefix_ids": []}, entry)
+    assert listed(obj.input_ids) == ids_of("abq")
 
 
 def test_an_empty_prefix_is_a_prefix() -> None:

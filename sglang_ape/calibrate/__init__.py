@@ -1,0 +1,1 @@
+"""``python -m sglang_ape.calibrate``: T, S and the shared prefix, chosen on data."""
