@@ -30,6 +30,7 @@ class Timed(NamedTuple):
     first_token: float
     last_token: float
     meta: dict[str, Any]  # ``meta_info`` of the last chunk
+    sent: float = 0.0  # when, by ``time.perf_counter``
 
 
 class Client:
@@ -78,20 +79,39 @@ class Client:
         """
         return asyncio.run(self._generate(bodies, concurrency, label))
 
-    def stream(self, bodies: Sequence[Body]) -> list[Timed]:
-        """Send all bodies at the same moment and note when their tokens arrive.
+    def stream(
+        self, bodies: Sequence[Body], concurrency: int | None = None, label: str | None = None
+    ) -> list[Timed]:
+        """Send bodies and note when their tokens arrive.
+
+        Args:
+            bodies: of ``POST /generate``, one request each.
+            concurrency: how many are under way at once; None for all, sent at the same moment.
+            label: of the progress bar; None for no bar.
 
         Raises:
             Refused: the server refuses one of them.
             ServerError: one does not come to an end.
         """
-        return asyncio.run(self._stream(bodies))
+        return asyncio.run(self._stream(bodies, concurrency or len(bodies), label))
+
+    def metrics(self) -> dict[str, float]:
+        """``GET /metrics`` of a server with ``--enable-metrics``: sums over all labels, by name."""
+        sums: dict[str, float] = {}
+        for line in self._get_text("/metrics").splitlines():
+            if line and not line.startswith("#"):
+                name = line.partition("{")[0].partition(" ")[0]
+                sums[name] = sums.get(name, 0.0) + float(line.rpartition(" ")[2])
+        return sums
 
     def _get(self, path: str) -> dict[str, Any]:
+        return orjson.loads(self._get_text(path))
+
+    def _get_text(self, path: str) -> str:
         answer = self._send("GET", path)
         if answer.status_code != 200:
             raise ServerError(f"GET {path}: HTTP {answer.status_code}: {answer.text[:500]}")
-        return answer.json()
+        return answer.text
 
     def _send(self, method: str, path: str, **more: Any) -> httpx.Response:
         try:
@@ -143,18 +163,39 @@ class Client:
             raise ServerError(f"HTTP {answer.status_code}: {answer.text[:500]}")
         return answer.json()
 
-    async def _stream(self, bodies: Sequence[Body]) -> list[Timed]:
+    async def _stream(
+        self, bodies: Sequence[Body], concurrency: int, label: str | None
+    ) -> list[Timed]:
+        gate = asyncio.Semaphore(concurrency)
         contents = [orjson.dumps({**body, "stream": True}) for body in bodies]
-        async with self._session(len(bodies)) as session:
-            return await asyncio.gather(*(self._stream_one(session, own) for own in contents))
+        bar = tqdm(total=len(bodies), desc=label, unit="request", disable=label is None)
+        async with self._session(concurrency) as session:
+
+            async def one(content: bytes) -> Timed:
+                async with gate:
+                    timed = await self._stream_one(session, content)
+                bar.update()
+                return timed
+
+            with bar:
+                return await asyncio.gather(*map(one, contents))
 
     async def _stream_one(self, session: httpx.AsyncClient, content: bytes) -> Timed:
+        try:
+            return await self._timed(session, content)
+        except httpx.TransportError as error:
+            raise ServerError(f"{self.url} went away: {error!r}") from error
+
+    async def _timed(self, session: httpx.AsyncClient, content: bytes) -> Timed:
         begin = time.perf_counter()
         first = last = 0.0
         chunk = b""
         async with session.stream("POST", "/generate", content=content) as response:
             if response.status_code == 400:
                 raise Refused(_message(await response.aread()))
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                raise ServerError(f"HTTP {response.status_code}: {text[:500]}")
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
                     last = time.perf_counter() - begin
@@ -163,7 +204,7 @@ class Client:
         meta = orjson.loads(chunk).get("meta_info") if chunk else None
         if not meta or meta.get("finish_reason") is None or "error" in orjson.loads(chunk):
             raise ServerError(f"a stream did not come to an end: {chunk[:500]!r}")
-        return Timed(first, last, meta)
+        return Timed(first, last, meta, begin)
 
 
 def _message(content: bytes) -> str:

@@ -66,9 +66,12 @@ def model_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
         return args.model
     if not args.quick:
         parser.error("--model is needed, except with --quick")
-    from examples.small_model import ensure_small_model
+    from examples.small_model import SmallModelError, ensure_small_model
 
-    return str(ensure_small_model())
+    try:
+        return str(ensure_small_model())
+    except SmallModelError as error:
+        parser.error(str(error))
 
 
 def quick_flags(pool_tokens: int = QUICK_POOL_TOKENS) -> list[str]:

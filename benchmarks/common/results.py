@@ -29,7 +29,12 @@ class Results:
     def __init__(self, folder: Path, benchmark: str, settings: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.content: dict[str, Any] = {
+        self.content = self._first(benchmark, settings)
+        self.write()
+
+    def _first(self, benchmark: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What is in the file before the first row."""
+        return {
             "benchmark": benchmark,
             "command": command_line(benchmark),
             "settings": dict(settings),
@@ -37,7 +42,6 @@ class Results:
             "rows": [],
             "finished": False,
         }
-        self.write()
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -66,8 +70,12 @@ class Results:
 
 def command_line(benchmark: str) -> str:
     """The command of this process; of an absolute path, its last part."""
-    given = [Path(one).name if os.path.isabs(one) else one for one in sys.argv[1:]]
-    return " ".join([f"python -m benchmarks.{benchmark}", *given])
+    return " ".join([f"python -m benchmarks.{benchmark}", *map(without_folder, sys.argv[1:])])
+
+
+def without_folder(argument: str) -> str:
+    """An argument of a command line; of an absolute path, its last part."""
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 class Column(NamedTuple):
@@ -110,10 +118,21 @@ class Axes(NamedTuple):
     log_y: bool = False
 
 
-def plot(path: Path, title: str, plots: Sequence[Axes]) -> None:
-    """Draw line plots side by side into a PNG file."""
-    import matplotlib
+class Bars(NamedTuple):
+    """One of the plots that stand side by side in a file: a bar for each value."""
 
+    title: str
+    unit: str
+    values: Mapping[str, float]
+
+
+def plot(path: Path, title: str, plots: Sequence[Axes | Bars]) -> None:
+    """Draw plots side by side into a PNG file; without matplotlib, say that there is none."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"no plot {path}: matplotlib is not installed")
+        return
     matplotlib.use("Agg")  # no window, whatever the machine has
     from matplotlib import pyplot
 
@@ -121,17 +140,30 @@ def plot(path: Path, title: str, plots: Sequence[Axes]) -> None:
         1, len(plots), figsize=(5.5 * len(plots), 4.2), squeeze=False, layout="constrained"
     )
     for axes, one in zip(all_axes[0], plots, strict=True):
-        for line in one.lines:
-            axes.errorbar(line.x, line.y, line.spread, label=line.label, marker="o", capsize=2)
-        if one.log_x:
-            axes.set_xscale("log", base=2)
-        if one.log_y:
-            axes.set_yscale("log")
-        axes.set(title=one.title, xlabel=one.x, ylabel=one.y)
+        _draw_bars(axes, one) if isinstance(one, Bars) else _draw_lines(axes, one)
         axes.grid(alpha=0.3)
-        if one.lines:
-            axes.legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     print(f"plot: {path}")
+
+
+def _draw_lines(axes: Any, one: Axes) -> None:
+    for line in one.lines:
+        axes.errorbar(line.x, line.y, line.spread, label=line.label, marker="o", capsize=2)
+    if one.log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}")
+    if one.log_y:
+        axes.set_yscale("log")
+    axes.set(title=one.title, xlabel=one.x, ylabel=one.y)
+    if one.lines:
+        axes.legend(fontsize="small")
+
+
+def _draw_bars(axes: Any, one: Bars) -> None:
+    bars = axes.barh(list(one.values), list(one.values.values()))
+    axes.bar_label(bars, fmt="{:.3g}", padding=3)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set(title=one.title, xlabel=one.unit)
