@@ -40,7 +40,6 @@ from benchmarks.common.fresh import FreshIds
 from benchmarks.common.methods import Method, body_of
 from benchmarks.common.options import parser_of
 from benchmarks.common.pairs import (
-    DUMMY_WINDOW,
     Kind,
     PairResults,
     PairServer,
@@ -50,6 +49,7 @@ from benchmarks.common.pairs import (
     pair_server,
     reported,
     title_of,
+    window_flags,
 )
 from benchmarks.common.prompts import Ids, Prompt
 from benchmarks.common.results import Axes, Bars, Column, Line, plot, show
@@ -231,6 +231,12 @@ def ideal_hits(kind: Kind, requests: Sequence[Request], args: argparse.Namespace
     return [count * args.document_tokens for count in found]
 
 
+def longest_row(args: argparse.Namespace) -> int:
+    """Tokens of a request of the trace, or of the example, and its answer."""
+    documents = max(args.per_request, max(map(len, SUBSETS)))
+    return args.prefix + documents * args.document_tokens + args.query + args.generated
+
+
 def warm_up_of(args: argparse.Namespace) -> int:
     """Requests at the head of a trace that are not counted."""
     return round(args.warm_up * args.requests)
@@ -296,7 +302,7 @@ def measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
     results = PairResults(args.out, BENCHMARK, settings, KEY, adds=args.only is not None)
     shape = TraceShape(args.documents, args.requests, args.per_request, args.zipf)
     own = ["--max-total-tokens", str(args.pool_tokens), "--enable-metrics"]
-    own += ["--context-length", str(DUMMY_WINDOW)] if args.dummy_8b else []
+    own += window_flags(args, longest_row(args))
     flags = {kind: own for kind in Kind}
     for kind in kinds_of(args):
         corpus = Corpus(model.vocab, args)
@@ -471,7 +477,7 @@ def _validate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         parser.error("--documents must be 4 or more, and no fewer than --per-request")
     if not 0 < args.warm_up < 1 or warm_up_of(args) < 1 or args.requests - warm_up_of(args) < 2:
         parser.error("--warm-up must leave a request or more out and count two or more")
-    row = args.prefix + args.per_request * args.document_tokens + args.query + args.generated
+    row = longest_row(args)
     if args.concurrency * row > args.pool_tokens:
         parser.error(
             f"--pool-tokens {args.pool_tokens} cannot hold {args.concurrency} requests of {row} "

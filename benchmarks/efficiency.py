@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -42,7 +43,6 @@ from benchmarks.common.fresh import FreshIds
 from benchmarks.common.methods import Method, body_of
 from benchmarks.common.options import parser_of
 from benchmarks.common.pairs import (
-    DUMMY_WINDOW,
     Kind,
     PairResults,
     PairServer,
@@ -52,6 +52,7 @@ from benchmarks.common.pairs import (
     pair_server,
     reported,
     title_of,
+    window_flags,
 )
 from benchmarks.common.prompts import Prompt
 from benchmarks.common.results import Axes, Column, Line, plot, show
@@ -354,8 +355,9 @@ def measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
     settings |= {"shared": args.shared, "seed": args.seed, "quick": args.quick}
     results = PairResults(args.out, BENCHMARK, settings, KEY, adds=args.only is not None)
     cells = [Cell(batch, length) for batch in args.batches for length in args.lengths]
-    window = ["--context-length", str(DUMMY_WINDOW)] if args.dummy_8b else []
-    ape = ["--ape-max-context-tokens", str(max(args.lengths))]
+    longest = max(args.lengths)
+    window = window_flags(args, sizes_of(args).longest_row(Kind.STOCK, longest))
+    ape = ["--ape-max-context-tokens", str(longest)]
     flags = {Kind.STOCK: window, Kind.APE: [*window, *ape]}
     for kind in kinds_of(args):
         requests = Requests(FreshIds(model.vocab, args.seed), sizes_of(args), args.shared)
@@ -422,7 +424,7 @@ def ratio_rows(rows: Sequence[Mapping[str, Any]], batch: int, field: str) -> lis
     return [found[length] for length in sorted(found)]
 
 
-def report(content: Mapping[str, Any], folder: Any) -> None:
+def report(content: Mapping[str, Any], folder: Path) -> None:
     """Print the tables and draw a plot for each batch."""
     rows = content["rows"]
     label = ", a check of the machinery" if content["settings"]["quick"] else ""

@@ -23,7 +23,7 @@ from benchmarks.common.results import Results, command_line, without_folder
 from benchmarks.common.server import started
 from benchmarks.common.shape import LLAMA_8B, write_config
 
-DUMMY_WINDOW = 262_144  # of the shape that write_config writes
+WINDOW_SLACK = 64  # positions that SGLang wants beyond those of a request
 
 
 class Kind(StrEnum):
@@ -92,6 +92,18 @@ def pair_model(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mod
     write_config(LLAMA_8B, folder)
     flags = ("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", LLAMA_8B.dtype)
     return Model(str(folder), "shape of Llama-3.1-8B, dummy weights", flags, LLAMA_8B.vocab)
+
+
+def window_flags(args: argparse.Namespace, row: int) -> list[str]:
+    """Flags that make the window of a model without weights as long as the longest request.
+
+    The page table has a row of that length for every request that may run, so longer is not better.
+
+    Args:
+        args: of a parser with :func:`add_pair_options`.
+        row: tokens of the longest request and its answer.
+    """
+    return ["--context-length", str(row + WINDOW_SLACK)] if args.dummy_8b else []
 
 
 class PairServer(NamedTuple):

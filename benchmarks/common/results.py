@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -155,10 +156,22 @@ def _draw_lines(axes: Any, one: Axes) -> None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}")
     if one.log_y:
-        axes.set_yscale("log")
+        _label_plainly(axes)
     axes.set(title=one.title, xlabel=one.x, ylabel=one.y)
     if one.lines:
         axes.legend(fontsize="small")
+
+
+def _label_plainly(axes: Any) -> None:
+    """A logarithmic axis for y with labels such as 0.1, 0.2, 0.5, 1."""
+
+    def label(y: float, _: Any) -> str:
+        leading = round(y / 10 ** math.floor(math.log10(y) + 1e-9))
+        return f"{y:g}" if leading in (1, 2, 5) else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(label)
+    axes.yaxis.set_minor_formatter(label)
 
 
 def _draw_bars(axes: Any, one: Bars) -> None:
