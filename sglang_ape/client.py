@@ -169,7 +169,7 @@ class _Http:
         self._session.verify = verify or True
         if api_key is not None:
             # Not in session.headers: a .netrc entry for the host would replace it there.
-            self._session.auth = _Bearer(api_key)
+            self._session.auth = BearerAuth(api_key)
 
     def register(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         return self._ask("POST", _PATH, json=fields)
@@ -194,11 +194,11 @@ class _Http:
         except requests.JSONDecodeError:
             body = None
         if answer.status_code // 100 != 2 or not isinstance(body, dict):
-            raise _refusal(answer, body)
+            raise refusal_of(answer, body)
         return body
 
 
-class _Bearer(requests.auth.AuthBase):
+class BearerAuth(requests.auth.AuthBase):
     """SGLang's API key."""
 
     def __init__(self, api_key: str) -> None:
@@ -271,7 +271,7 @@ def _checked(id: str) -> str:
     return id
 
 
-def _refusal(answer: requests.Response, body: Any) -> ApeRequestError:
+def refusal_of(answer: requests.Response, body: Any) -> ApeRequestError:
     """The error that an answer stands for, in the server's own words where it has some."""
     status = answer.status_code
     error = body.get("error") if isinstance(body, dict) else None
