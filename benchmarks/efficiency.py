@@ -68,9 +68,9 @@ PAPER = (
     "less prefill at 128K tokens of context."
 )
 QUICK = {
-    "lengths": (256, 512, 1024),
+    "lengths": (128, 256, 512),
     "batches": (1, 2),
-    "context_length": 128,
+    "context_length": 64,
     "prefix": 16,
     "generated": 8,
     "repeats": 2,

@@ -87,7 +87,7 @@ def pair_model(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mod
         return Model(path, Path(path).name, (), vocab_of(path))
     if args.model or args.quick:
         parser.error("--dummy-8b is a model of its own: it takes neither --model nor --quick")
-    folder = args.out / "model"
+    folder = args.out.resolve() / "model"
     folder.mkdir(parents=True, exist_ok=True)
     write_config(LLAMA_8B, folder)
     flags = ("--load-format", "dummy", "--skip-tokenizer-init", "--dtype", LLAMA_8B.dtype)
