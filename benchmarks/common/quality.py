@@ -1,8 +1,9 @@
 """The part that quality benchmarks share: ask the same questions in every way and compare.
 
-A benchmark brings *levels*, such as numbers of documents, each with its questions. For each level
-and method all questions are asked at temperature 0 and scored; then a few are timed one by one.
-Two rows of the table have known values and are checked (:mod:`benchmarks.common.controls`).
+A benchmark brings *subjects*, one a data set, each with *levels* such as numbers of documents. For
+each level and method all questions are asked at temperature 0 and scored; then a few are timed one
+by one. Two rows of the table have known values and are checked
+(:mod:`benchmarks.common.controls`).
 """
 
 from __future__ import annotations
@@ -13,23 +14,33 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from benchmarks.common import controls
-from benchmarks.common.client import Answer, Client, Refused, computed_tokens
+from benchmarks.common.client import Answer, Client, Refused, Timed, computed_tokens
 from benchmarks.common.methods import Method, body_of
-from benchmarks.common.options import add_server_options, add_url_option, ape_server, settings_of
+from benchmarks.common.options import (
+    add_server_options,
+    add_url_option,
+    ape_server,
+    model_of,
+    settings_of,
+)
 from benchmarks.common.prompts import Encoder, Prompt
 from benchmarks.common.reference import Reference
 from benchmarks.common.results import Axes, Column, Line, Results, plot, show
 from benchmarks.common.scores import Score
+from benchmarks.common.server import ServerError
 
-CHECKED_PROMPTS = 2  # of the whole run, by the dense reference
+CHECKED_PROMPTS = 2  # of each subject, by the dense reference
+TIMED, QUICK_TIMED = 5, 2
+QUICK_NOTE = "--quick: this checks the machinery, not quality"
 
 
 class Question(NamedTuple):
     """One question of a level."""
 
+    text: str  # for a reader of the answers
     prompt: Prompt
     half: tuple[int, ...]  # indices of the contexts that the method HALF keeps
     accepted: tuple[str, ...]  # answers
@@ -39,7 +50,8 @@ class Level(NamedTuple):
     """Questions over the same number of contexts or shots.
 
     Attributes:
-        x: the number, for the table and the plot.
+        x: the number, for the table and the plot. Without contexts only the method NONE is asked,
+            with contexts all others.
         contexts_of: what is counted, for a reader: "64 shots in 8 contexts".
         questions: in the order in which they are asked.
         reordered: for the second time a question is timed its contexts come in another order.
@@ -50,9 +62,19 @@ class Level(NamedTuple):
     questions: Sequence[Question]
     reordered: bool
 
+    @property
+    def methods(self) -> list[Method]:
+        """Those that differ here: half of one context, for one, is all of it."""
+        if not any(question.prompt.contexts for question in self.questions):
+            return [Method.NONE]
+        kept = [own for own in Method if own is not Method.NONE]
+        if all(len(question.half) == len(question.prompt.contexts) for question in self.questions):
+            kept.remove(Method.HALF)
+        return kept
+
 
 class Task(NamedTuple):
-    """How all questions of a benchmark are asked and scored.
+    """How all questions of a data set are asked and scored.
 
     Attributes:
         scores: by name; the first is the one that is plotted.
@@ -65,6 +87,33 @@ class Task(NamedTuple):
     sampling: Mapping[str, Any]
 
 
+class Subject(NamedTuple):
+    """A data set to measure.
+
+    Attributes:
+        name: for tables and files.
+        x: what the levels count, for the plot.
+        task: how its questions are asked and scored.
+        levels: makes the questions with the model's tokenizer.
+    """
+
+    name: str
+    x: str
+    task: Task
+    levels: Callable[[Encoder], Sequence[Level]]
+
+
+class _Prepared(NamedTuple):
+    subject: Subject
+    levels: Sequence[Level]
+
+
+def first_line(text: str) -> str:
+    """The answer in a text that may go on after it."""
+    lines = text.strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
 def add_quality_options(parser: argparse.ArgumentParser, results: str) -> None:
     add_server_options(parser, results)
     add_url_option(parser)
@@ -74,7 +123,11 @@ def add_quality_options(parser: argparse.ArgumentParser, results: str) -> None:
     add("--chat", action="store_true", help="use the model's chat template")
     add("--questions", type=int, help="how many to ask (default: all; --quick: a few)")
     add("--concurrency", type=int, default=8, help="requests under way (default: %(default)s)")
-    add("--timed", type=int, default=5, help="questions to time, of each row (default: 5)")
+    add(
+        "--timed",
+        type=int,
+        help=f"questions to time, of each row (default: {TIMED}; --quick: {QUICK_TIMED})",
+    )
     add(
         "--no-reference",
         action="store_true",
@@ -83,22 +136,45 @@ def add_quality_options(parser: argparse.ArgumentParser, results: str) -> None:
     )
 
 
+def complete_quality_options(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, quick_questions: int
+) -> None:
+    """Defaults that depend on ``--quick``; ends the process if an option is out of its range.
+
+    Args:
+        args: are changed.
+        parser: reports what is wrong.
+        quick_questions: how many are asked with ``--quick``, unless the user says.
+    """
+    if args.quick:
+        args.questions = quick_questions if args.questions is None else args.questions
+    if args.timed is None:
+        args.timed = QUICK_TIMED if args.quick else TIMED
+    if args.questions is not None and args.questions < 1:
+        parser.error("--questions must be positive")
+    if args.concurrency < 1 or args.timed < 0:
+        parser.error("--concurrency must be positive, --timed must not be negative")
+    if not args.data and not args.quick:
+        parser.error("--data is needed, except with --quick")
+
+
 def run(
     args: argparse.Namespace,
     parser: argparse.ArgumentParser,
     benchmark: str,
-    task: Task,
-    levels: Callable[[Encoder], Sequence[Level]],
+    subjects: Sequence[Subject],
     flags: Sequence[str] = (),
 ) -> None:
-    """Measure all levels, print the table, and write results, answers and the plot.
+    """Measure all subjects on one server; print tables, write results, answers and plots.
+
+    A server that is started here gets room for the contexts of the longest question, also beyond
+    the model's window.
 
     Args:
         args: of a parser with :func:`add_quality_options`.
         parser: reports what is wrong with them.
         benchmark: its name.
-        task: how questions are asked and scored.
-        levels: makes the questions with the model's tokenizer.
+        subjects: what is measured.
         flags: of the server, before those that the user gave.
 
     Raises:
@@ -106,63 +182,117 @@ def run(
         ServerError: the server does not come up, or fails.
     """
     results = Results(args.out, benchmark, settings_of(args))
-    with ape_server(args, parser, flags) as client:
-        model = client.model_path()
-        info = client.info()
-        results.note("dtype", info["dtype"])
-        measure = _Measure(client, task, args)
-        all_levels = levels(Encoder(model, args.chat))
-        with (args.out / "answers.jsonl").open("w") as answers:
-            for level in all_levels:
-                for row in measure.level(level, answers):
-                    results.add(row)
-        notes = dict(measure.controls)
-        parallel = [q.prompt for level in all_levels for q in level.questions]
-        parallel = [prompt for prompt in parallel if len(prompt.contexts) > 1]
-        notes["parallel"] = _check_parallel(args, client, model, parallel, info["dtype"])
-    results.note("controls", notes)
-    _show(benchmark, task, results)
+    if args.url:
+        with ape_server(args, parser, ()) as client:
+            prepared = _prepare(subjects, client.model_path(), args.chat)
+            _measure_all(args, client, prepared, results)
+    else:
+        prepared = _prepare(subjects, model_of(args, parser), args.chat)
+        room = ["--ape-max-context-tokens", str(_most_context_tokens(prepared))]
+        with ape_server(args, parser, [*flags, *room]) as client:
+            _measure_all(args, client, prepared, results)
     results.finish()
 
 
+def _prepare(subjects: Sequence[Subject], model: str, chat: bool) -> list[_Prepared]:
+    print("loading the tokenizer and encoding all questions", flush=True)
+    encoder = Encoder(model, chat)
+    return [_Prepared(subject, subject.levels(encoder)) for subject in subjects]
+
+
+def _most_context_tokens(prepared: Sequence[_Prepared]) -> int:
+    """Tokens of all contexts of the longest question; at least 1, as the server's flag."""
+    prompts = (q.prompt for _, levels in prepared for level in levels for q in level.questions)
+    return max(1, *(sum(map(len, prompt.contexts)) for prompt in prompts))
+
+
+def _measure_all(
+    args: argparse.Namespace, client: Client, prepared: Sequence[_Prepared], results: Results
+) -> None:
+    info = client.info()
+    if not info.get("enable_ape"):
+        raise ServerError(f"{client.url} was not started with --enable-ape")
+    results.note("dtype", info["dtype"])
+    results.note("controls", {})
+    with (args.out / "answers.jsonl").open("w") as answers:
+        for subject, levels in prepared:
+            measure = _Measure(client, subject, args, answers)
+            seen = _check_parallel(args, client, levels, info["dtype"])
+            _note_control(results, subject, "parallel", seen)
+            for level in levels:
+                for row in measure.level(level):
+                    results.add({"data": subject.name} | row)
+                if Method.ONE_CONTEXT in level.methods:
+                    name = f"one context, {level.contexts_of}"
+                    _note_control(results, subject, name, measure.check_one_context(level))
+            _show(args, subject, results)
+
+
+def _note_control(results: Results, subject: Subject, name: str, seen: str) -> None:
+    controls_seen = results.content["controls"]
+    controls_seen.setdefault(subject.name, {})[name] = seen
+    results.write()
+
+
 def _check_parallel(
-    args: argparse.Namespace, client: Client, model: str, prompts: Sequence[Prompt], dtype: str
+    args: argparse.Namespace, client: Client, levels: Sequence[Level], dtype: str
 ) -> str:
+    """First of all, so that a run of hours does not end with it."""
+    prompts = [question.prompt for level in levels for question in level.questions]
+    prompts = [prompt for prompt in prompts if len(prompt.contexts) > 1]
     if args.no_reference or not prompts:
         return "not checked: " + ("--no-reference" if prompts else "no question has two contexts")
     print("control: T = S = 1 beside a dense computation of parallel encoding", flush=True)
     chosen = prompts[:: max(len(prompts) // CHECKED_PROMPTS, 1)][:CHECKED_PROMPTS]
-    return controls.check_parallel(client, Reference(model), chosen, dtype)
+    model = client.model_path()
+    try:
+        reference = Reference(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise controls.ControlError(
+            f"transformers cannot load {model} ({reason:.200}); --no-reference goes without"
+        ) from error
+    return controls.check_parallel(client, reference, chosen, dtype)
 
 
 class _Measure:
-    """One server, asked in all ways."""
+    """One subject, asked in all ways.
 
-    def __init__(self, client: Client, task: Task, args: argparse.Namespace) -> None:
+    Args:
+        client: of the server.
+        subject: what is measured.
+        args: the options.
+        log: gets a line of JSON for each answer.
+    """
+
+    def __init__(
+        self, client: Client, subject: Subject, args: argparse.Namespace, log: TextIO
+    ) -> None:
         self._client = client
-        self._task = task
+        self._name = subject.name
+        self._task = subject.task
         self._options = {"temperature": args.temperature, "scale": args.scale}
         self._concurrency = args.concurrency
         self._timed = args.timed
         self._random = random.Random(args.seed)
-        self.controls: dict[str, str] = {}
+        self._log = log
+        self._answers: dict[Method, list[Answer | Refused]] = {}
 
-    def level(self, level: Level, log: Any) -> Iterator[dict[str, Any]]:
+    def level(self, level: Level) -> Iterator[dict[str, Any]]:
         """Rows of one level, one a method."""
-        has_contexts = any(question.prompt.contexts for question in level.questions)
-        methods = [own for own in Method if has_contexts or own is Method.NONE]
-        answers: dict[Method, list[Answer | Refused]] = {}
-        for method in methods:
-            answers[method] = self._ask(level, method)
+        for method in level.methods:
+            self._answers[method] = self._ask(level, method)
             row = {"x": level.x, "level": level.contexts_of, "method": method.value}
-            row |= self._scored(level, method, answers[method], log)
+            row |= {"reordered": level.reordered} | self._scored(level, method)
             yield row | self._times(level, method)
-        if has_contexts:
-            self.controls[f"one context, {level.contexts_of}"] = controls.check_one_context(
-                answers[Method.SEQUENTIAL],
-                answers[Method.ONE_CONTEXT],
-                lambda method, i: self._alone(level, method, i),
-            )
+
+    def check_one_context(self, level: Level) -> str:
+        """The control over the answers of the level that was measured last."""
+        return controls.check_one_context(
+            self._answers[Method.SEQUENTIAL],
+            self._answers[Method.ONE_CONTEXT],
+            lambda method, i: self._alone(level, method, i),
+        )
 
     def _body(self, method: Method, question: Question) -> dict[str, Any]:
         sampling = {"temperature": 0, **self._task.sampling}
@@ -176,7 +306,7 @@ class _Measure:
         """
         self._client.flush()
         bodies = [self._body(method, question) for question in level.questions]
-        label = f"{level.contexts_of}: {method.value}"
+        label = f"{self._name}, {level.contexts_of}, {method.value}"
         first = self._client.generate(bodies[:1])
         return first + self._client.generate(bodies[1:], self._concurrency, label)
 
@@ -185,45 +315,47 @@ class _Measure:
         answer = self._client.generate([self._body(method, level.questions[index])])[0]
         return str(answer) if isinstance(answer, Refused) else answer["text"]
 
-    def _scored(
-        self, level: Level, method: Method, answers: Sequence[Answer | Refused], log: Any
-    ) -> dict[str, Any]:
+    def _scored(self, level: Level, method: Method) -> dict[str, Any]:
         """Means over the questions that were answered, and how many were refused."""
         scores: dict[str, list[float]] = {name: [] for name in self._task.scores}
-        tokens, computed = [], []
-        for i, (question, answer) in enumerate(zip(level.questions, answers, strict=True)):
-            entry: dict[str, Any] = {"level": level.x, "method": method.value, "question": i}
-            if isinstance(answer, Refused):
-                entry["refused"] = str(answer)
-            else:
-                read = self._task.read(answer["text"])
-                own = {name: of(read, question.accepted) for name, of in self._task.scores.items()}
-                entry |= {"answer": read, "accepted": question.accepted, **own}
-                for name, value in own.items():
-                    scores[name].append(value)
-                tokens.append(answer["meta_info"]["prompt_tokens"])
-                computed.append(computed_tokens(answer["meta_info"]))
-            log.write(json.dumps(entry) + "\n")
-        answered = len(tokens)
-        row: dict[str, Any] = {"questions": answered, "refused": len(answers) - answered}
-        if not answered:
+        metas = []
+        for i, answer in enumerate(self._answers[method]):
+            entry = {"data": self._name, "level": level.x, "method": method.value, "question": i}
+            entry |= self._read(level.questions[i], answer)
+            self._log.write(json.dumps(entry) + "\n")
+            if not isinstance(answer, Refused):
+                metas.append(answer["meta_info"])
+                for name, values in scores.items():
+                    values.append(entry[name])
+        self._log.flush()
+        row: dict[str, Any] = {
+            "questions": len(metas),
+            "refused": len(self._answers[method]) - len(metas),
+        }
+        if not metas:
             return row
         row |= {name: statistics.fmean(values) for name, values in scores.items()}
-        main = next(iter(scores.values()))
-        spread = statistics.pstdev(main) / math.sqrt(answered)
         return row | {
-            "standard_error": spread,
-            "prompt_tokens": statistics.fmean(tokens),
-            "computed_tokens": sum(computed),
+            "standard_error": _standard_error(next(iter(scores.values()))),
+            "prompt_tokens": statistics.fmean(meta["prompt_tokens"] for meta in metas),
+            "computed_tokens": sum(map(computed_tokens, metas)),
         }
 
+    def _read(self, question: Question, answer: Answer | Refused) -> dict[str, Any]:
+        """What the log says of an answer."""
+        if isinstance(answer, Refused):
+            return {"asked": question.text, "refused": str(answer)}
+        read = self._task.read(answer["text"])
+        own = {name: of(read, question.accepted) for name, of in self._task.scores.items()}
+        return {"asked": question.text, "answer": read, "accepted": question.accepted, **own}
+
     def _times(self, level: Level, method: Method) -> dict[str, Any]:
-        """Medians of a few questions, one after another.
+        """Medians over a few questions, one after another.
 
         Each is asked with an empty cache; then its contexts come again, in another order if the
         level says so, with the next question.
         """
-        cold, warm = [], []
+        pairs: list[tuple[Timed, Timed]] = []
         for i in range(min(self._timed, len(level.questions))):
             question = level.questions[i]
             following = level.questions[(i + 1) % len(level.questions)]
@@ -232,23 +364,23 @@ class _Measure:
                 again = self._in_another_order(again)
             self._client.flush()
             try:
-                cold.append(self._first_token(method, question))
-                warm.append(self._first_token(method, again))
+                pairs.append((self._time(method, question), self._time(method, again)))
             except Refused:
                 continue
-        if not cold or not warm:
+        if not pairs:
             return {}
+        cold, warm = zip(*pairs, strict=True)
         return {
-            "cold_ms": 1e3 * statistics.median(cold),
-            "warm_ms": 1e3 * statistics.median(warm),
+            "cold_ms": 1e3 * statistics.median(one.first_token for one in cold),
+            "warm_ms": 1e3 * statistics.median(one.first_token for one in warm),
+            "warm_computed": statistics.median(computed_tokens(one.meta) for one in warm),
         }
 
-    def _first_token(self, method: Method, question: Question) -> float:
-        return self._client.stream([self._body(method, question)])[0].first_token
+    def _time(self, method: Method, question: Question) -> Timed:
+        return self._client.stream([self._body(method, question)])[0]
 
     def _in_another_order(self, question: Question) -> Question:
-        count = len(question.prompt.contexts)
-        order = self._random.sample(range(count), count)
+        order = another_order(len(question.prompt.contexts), self._random)
         places = {context: place for place, context in enumerate(order)}
         return question._replace(
             prompt=question.prompt.with_contexts(order),
@@ -256,43 +388,85 @@ class _Measure:
         )
 
 
-def _show(benchmark: str, task: Task, results: Results) -> None:
-    first = next(iter(task.scores))
-    columns = [
-        Column("Contexts", "level"),
-        Column("Method", "method"),
-        Column("Questions", "questions"),
-        Column("Refused", "refused"),
-        *(Column(name, name, "{:.3f}") for name in task.scores),
-        Column("± s.e.", "standard_error", "{:.3f}"),
-        Column("Prompt tokens", "prompt_tokens", "{:,.0f}"),
-        Column("Computed in all", "computed_tokens", "{:,}"),
-        Column("First token, cold", "cold_ms", "{:,.0f} ms"),
-        Column("contexts cached", "warm_ms", "{:,.0f} ms"),
-    ]
-    show(
-        f"{benchmark} ({results.content['settings'].get('data') or 'own texts'})",
-        columns,
-        results.rows,
+def another_order(count: int, drawn: random.Random) -> list[int]:
+    """A random order of indices that does not begin as the given one does, if there is one."""
+    order = drawn.sample(range(count), count)
+    if count > 1 and order[0] == 0:
+        other = drawn.randrange(1, count)
+        order[0], order[other] = order[other], order[0]
+    return order
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _show(args: argparse.Namespace, subject: Subject, results: Results) -> None:
+    rows = [row for row in results.rows if row["data"] == subject.name]
+    name = results.content["benchmark"]
+    title = f"{name}, {subject.name}" + (f" ({QUICK_NOTE})" if args.quick else "")
+    show(title, _columns(subject), rows)
+    print(
+        "±: one standard error of the first score. Computed, all: prompt tokens of all questions "
+        "that were not cached,\nbeginning with an empty cache. Cold: first token, nothing cached; "
+        "Cached: the same contexts again" + _order_note(rows) + ", with\nanother question, and "
+        "how many tokens of it were computed."
     )
-    for name, seen in results.content["controls"].items():
-        print(f"control, {name}: {seen}")
+    for control, seen in results.content["controls"][subject.name].items():
+        print(f"control, {control}: {seen}")
+    _plot(title, subject, rows, results)
+
+
+def _order_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", in another order" if any(row["reordered"] for row in rows) else ""
+
+
+def _columns(subject: Subject) -> list[Column]:
+    return [
+        Column("", "level"),
+        Column("Method", "method"),
+        Column("Asked", "questions"),
+        Column("Refused", "refused"),
+        *(Column(name, name, "{:.3f}") for name in subject.task.scores),
+        Column("±", "standard_error", "{:.3f}"),
+        Column("Prompt tokens", "prompt_tokens", "{:,.0f}"),
+        Column("Computed, all", "computed_tokens", "{:,}"),
+        Column("Cold, ms", "cold_ms", "{:,.0f}"),
+        Column("Cached, ms", "warm_ms", "{:,.0f}"),
+        Column("Computed", "warm_computed", "{:,.0f}"),
+    ]
+
+
+def _plot(
+    title: str, subject: Subject, rows: Sequence[Mapping[str, Any]], results: Results
+) -> None:
+    first = next(iter(subject.task.scores))
+    axes = [
+        ("Quality, ± one standard error", first, first, "standard_error"),
+        ("First token, nothing cached", "ms", "cold_ms", None),
+        ("First token, contexts cached" + _order_note(rows), "ms", "warm_ms", None),
+    ]
     plot(
-        results.folder / f"{benchmark}.png",
-        benchmark,
+        results.folder / f"{subject.name}.png",
+        title,
         [
-            Axes("Quality", "level", first, _lines(results.rows, first, "standard_error")),
-            Axes("First token, cold", "level", "ms", _lines(results.rows, "cold_ms")),
-            Axes("First token, contexts cached", "level", "ms", _lines(results.rows, "warm_ms")),
+            Axes(above, subject.x, y, _lines(rows, key, spread), log_x=True)
+            for above, y, key, spread in axes
         ],
     )
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], key: str, spread: str | None = None) -> list[Line]:
+    """A line a method; that of NONE, which has one value, goes from end to end."""
+    ends = [row["x"] for row in rows if row["x"]]
     lines = []
     for method in Method:
-        own = [row for row in rows if row["method"] == method.value and key in row]
-        if own and not method.is_control:
-            spreads = [row[spread] for row in own] if spread else None
-            lines.append(Line(method.value, [r["x"] for r in own], [r[key] for r in own], spreads))
+        own = [row for row in rows if row["method"] == method.value and row.get(key) is not None]
+        if not own or method.is_control:
+            continue
+        xs, ys = [row["x"] for row in own], [row[key] for row in own]
+        spreads = [row[spread] or 0.0 for row in own] if spread else None
+        if method is Method.NONE and ends:
+            xs, ys, spreads = [min(ends), max(ends)], 2 * ys, spreads and 2 * spreads
+        lines.append(Line(method.value, xs, ys, spreads))
     return lines

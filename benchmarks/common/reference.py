@@ -41,7 +41,7 @@ class Reference:
         import torch
 
         ids = [*prompt.sequence, *answer]
-        positions, mask = _layout(prompt, len(ids), parallel)
+        positions, mask = layout(prompt, len(ids), parallel)
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         with torch.inference_mode():
             logits = self._model(
@@ -54,7 +54,7 @@ class Reference:
         return rows.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
 
 
-def _layout(prompt: Prompt, length: int, parallel: bool) -> tuple[Any, Any]:
+def layout(prompt: Prompt, length: int, parallel: bool) -> tuple[Any, Any]:
     """Positions (length,) and who sees whom (length, length), True where a row sees a column."""
     import torch
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# A minus between digits is a dash; a comma belongs to a number only before three digits.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def normalised(text: str) -> str:
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Words of a text; of one that consists of articles alone, these."""
+    words = text.lower().translate(_PUNCTUATION).split()
+    return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
@@ -27,9 +30,13 @@ def exact_match(answer: str, accepted: Sequence[str]) -> float:
 
 def sub_span_match(answer: str, accepted: Sequence[str]) -> float:
     """1 if an accepted answer stands somewhere in this one, as whole words."""
-    words = f" {normalised(answer)} "
-    spans = [f" {normalised(text)} " for text in accepted]
-    return float(any(span.strip() and span in words for span in spans))
+    return float(holds(normalised(answer), accepted))
+
+
+def holds(words: str, accepted: Iterable[str]) -> bool:
+    """Whether an accepted answer stands in a text that is normalised already."""
+    spans = (normalised(text) for text in accepted)
+    return any(span and f" {span} " in f" {words} " for span in spans)
 
 
 def f1(answer: str, accepted: Sequence[str]) -> float:
@@ -41,6 +48,11 @@ def same_number(answer: str, accepted: Sequence[str]) -> float:
     """1 if the last number of the answer is the accepted one; for chains of thought."""
     found = _NUMBER.findall(answer)
     return float(bool(found) and _number(found[-1]) in map(_number, accepted))
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number as :func:`same_number` reads it."""
+    return bool(_NUMBER.fullmatch(text))
 
 
 def _number(text: str) -> float:

@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 
 from benchmarks.common.client import Refused
 from benchmarks.common.controls import ControlError
+from benchmarks.common.data import DataError, Unavailable
 from benchmarks.common.pairs import OtherSettingsError
 from benchmarks.common.server import ServerError
 
 # What a user can do something about; anything else is a bug and keeps its traceback.
-FAILURES = (ServerError, Refused, ControlError, OtherSettingsError)
+FAILURES = (ServerError, Refused, ControlError, OtherSettingsError, DataError, Unavailable)
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 
