@@ -186,16 +186,20 @@ def _finish(
         print(f"note        {note}")
     print(f"chosen      T {point.temperature:g}, S {point.scale:g}")
     print(f"prefix      {report.described(prefix)}")
+    profile.write(profile_of(outcome, plan, model, inputs), args.out)
+    print(f"profile     {args.out} (for --ape-profile)")
     if args.plot is not None:
         plot.draw(outcome, plan.objective, args.plot)
         print(f"plot        {args.plot}")
-    profile.write(profile_of(outcome, plan, model, inputs), args.out)
-    print(f"profile     {args.out} (for --ape-profile)")
 
 
 def _check_folder(path: Path | None) -> None:
     """Fail before the work, not after it."""
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.absolute().parent}")
 
 

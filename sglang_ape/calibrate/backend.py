@@ -71,6 +71,8 @@ class Server:
         info = self._call("GET", "/server_info")
         if not info.get("enable_ape"):
             raise InputError(f"{url} was started without --enable-ape")
+        if info["skip_tokenizer_init"]:
+            raise InputError(f"{url} runs without a tokenizer (--skip-tokenizer-init)")
         models = self._call("GET", "/v1/models")["data"]
         self.facts = _facts(
             info, models[0]["max_model_len"], _tokenizer(tokenizer or info["tokenizer_path"])

@@ -224,11 +224,16 @@ class Measure:
 
     def _ask(self, body: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
         try:
-            return self._backend.ask(body)
+            answers = self._backend.ask(body)
         except ApeRequestError as error:
             if error.status_code != 400:
                 raise
             raise RowError(f"{_blamed(error, rows)}: {error}") from error
+        for row, answer in zip(rows, answers, strict=True):
+            reason = answer["meta_info"]["finish_reason"]
+            if reason["type"] == "abort":
+                raise RowError(f"line {row.line}: {reason.get('message', 'the engine gave up')}")
+        return answers
 
 
 def _target(answer: Mapping[str, Any]) -> Target:

@@ -23,10 +23,9 @@ def require_matplotlib() -> None:
 
 
 def draw(outcome: Outcome, objective: str, path: Path) -> None:
-    """Write a PNG, or whatever the suffix of the path stands for.
+    """Write a PNG, whatever the suffix.
 
     Raises:
-        ValueError: matplotlib does not know the suffix.
         OSError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -37,7 +36,7 @@ def draw(outcome: Outcome, objective: str, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_map(figure, left, outcome, "divergence" if objective == "match" else "error rate")
     _draw_bars(right, outcome, objective)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
 
 
 def _draw_map(figure: Any, axes: Any, outcome: Outcome, label: str) -> None:

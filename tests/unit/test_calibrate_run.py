@@ -63,13 +63,17 @@ class Engine:
         self.bodies: list[Body] = []
         self.closed = False
         self.error: Exception | None = None
+        self.finish_reason = {"type": "stop"}
         self._shift, self._right = shift, right
 
     def ask(self, body: Body) -> list[dict[str, Any]]:
         self.bodies.append(body)
         if self.error is not None:
             raise self.error
-        return [self._answer(body, i) for i in range(len(body["input_ids"]))]
+        answers = [self._answer(body, i) for i in range(len(body["input_ids"]))]
+        for answer in answers:
+            answer.setdefault("meta_info", {})["finish_reason"] = self.finish_reason
+        return answers
 
     def close(self) -> None:
         self.closed = True
@@ -346,6 +350,17 @@ def test_what_goes_wrong_is_said_and_no_profile_is_written(
     run.engine.error = error
     assert said in run("--held-out", "0", status=status)
     assert run.engine.closed
+
+
+def test_an_answer_that_the_engine_gave_up_is_an_error(run: Command) -> None:
+    run.engine.finish_reason = {"type": "abort", "message": "out of luck"}
+    run.write({"contexts": ["a", "b"], "query": "q"})
+    assert "line 1: out of luck" in run(status=1)
+
+
+def test_a_folder_is_no_place_for_a_plot(run: Command, tmp_path: Path) -> None:
+    assert "is a folder" in run("--plot", str(tmp_path), status=2)
+    assert not run.engine.bodies
 
 
 def test_a_folder_that_is_not_there_is_found_out_before_the_work(
