@@ -284,9 +284,8 @@ class Measurement:
         counted = self._serve(requests[count:], concurrency, label)
         evicted = self._client.metrics().get(EVICTED, 0.0) - before
         row = trace_row(self._kind, order, warm_up, counted, evicted)
-        ideal = ideal_hits(self._kind, requests, self._args)
-        share = sum(ideal[count:]) / row["context_tokens"]
-        return row | {"ideal_hit_share": share, "ideal_hits": ideal}
+        ideal = ideal_hits(self._kind, requests, self._args)[count:]
+        return row | {"ideal_hit_share": sum(ideal) / row["context_tokens"]}
 
     def _serve(self, requests: Sequence[Request], concurrency: int, label: str | None) -> Served:
         prompts = self._corpus.prompts(requests)
@@ -343,7 +342,8 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
     settings = content["settings"]
     label = ", a check of the machinery" if settings["quick"] else ""
     print(f"\n{title_of(content)}")
-    examples = [row for row in content["rows"] if row["part"] == EXAMPLE]
+    rows = sorted(content["rows"], key=lambda row: [*Kind].index(row["kind"]))
+    examples = [row for row in rows if row["part"] == EXAMPLE]
     columns = [Column("Server", "kind"), Column("Context tokens cached", "share")]
     columns += [Column("found by each subset", "found")]
     show(
@@ -351,7 +351,7 @@ def report(content: Mapping[str, Any], folder: Path) -> None:
         columns,
         [row | {"share": f"{row['hit_share']:.1%}"} for row in examples],
     )
-    traces = [row for row in content["rows"] if row["part"] == TRACE]
+    traces = [row for row in rows if row["part"] == TRACE]
     show(_trace_title(settings) + label, _TRACE_COLUMNS, [_in_units(row) for row in traces])
     title = f"{settings['model']}{label}"
     plot(folder / f"{BENCHMARK}.png", title, _plots(traces, settings))
@@ -409,9 +409,8 @@ def _plots(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> li
     tokens = settings["per_request"] * settings["document_tokens"]
     lines = []
     for row in rows:
-        for name, key in (("", "hits"), (", ideal", "ideal_hits")):
-            x, share = moving_share(row[key], tokens, WINDOWS)
-            lines.append(Line(f"{row['kind']}, by {row['order']}{name}", x, share))
+        x, share = moving_share(row["hits"], tokens, WINDOWS)
+        lines.append(Line(f"{row['kind']}, by {row['order']}", x, share))
     names = [f"{row['kind']}, by {row['order']}" for row in rows]
 
     def bars(title: str, unit: str, key: str) -> Bars:
