@@ -54,7 +54,8 @@ def add_pair_options(parser: argparse.ArgumentParser, results: str) -> None:
     add("--only", choices=[*Kind], help="measure one server and add to the results in the folder")
     add(
         "--stock-flags",
-        default="",
+        type=shlex.split,
+        default=[],
         metavar="'FLAGS'",
         help="further flags of the stock server alone, as in --stock-flags='--attention-backend "
         "fa3'; they come last",
@@ -84,7 +85,10 @@ def pair_model(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mod
     """The model of the options; with ``--dummy-8b`` its shape is written to the results' folder."""
     if not args.dummy_8b:
         path = model_of(args, parser)
-        return Model(path, Path(path).name, (), vocab_of(path))
+        try:
+            return Model(path, Path(path).name, (), vocab_of(path))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path} is no model: {error}")
     if args.model or args.quick:
         parser.error("--dummy-8b is a model of its own: it takes neither --model nor --quick")
     folder = args.out.resolve() / "model"
@@ -139,7 +143,7 @@ def pair_server(
     if kind is Kind.APE:
         everything.insert(0, "--enable-ape")
     else:
-        everything += shlex.split(args.stock_flags)
+        everything += args.stock_flags
     print(f"{kind}: {shlex.join(everything)}", flush=True)
     with started(model.path, everything, args.out / f"server_{kind}.log") as server:
         client = Client(server.url)
@@ -216,9 +220,16 @@ class PairResults(Results):
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
-    """What ``results.json`` in a folder holds, None if there is none."""
+    """What ``results.json`` in a folder holds, None if there is none.
+
+    Raises:
+        OtherSettingsError: it holds something else.
+    """
     path = folder / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError as error:
+        raise OtherSettingsError(f"{path} is damaged: {error}") from error
 
 
 def reported(folder: Path, benchmark: str, parser: argparse.ArgumentParser) -> dict[str, Any]:

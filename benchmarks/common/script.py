@@ -14,7 +14,15 @@ from benchmarks.common.pairs import OtherSettingsError
 from benchmarks.common.server import ServerError
 
 # What a user can do something about; anything else is a bug and keeps its traceback.
-FAILURES = (ServerError, Refused, ControlError, OtherSettingsError, DataError, Unavailable)
+FAILURES = (
+    ServerError,
+    Refused,
+    ControlError,
+    OtherSettingsError,
+    DataError,
+    Unavailable,
+    OSError,  # a file or folder that cannot be read or written; it names it
+)
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.common import script
-from benchmarks.common.client import Refused, Timed
+from benchmarks.common.client import Client, Refused, Timed
 from benchmarks.common.controls import ControlError
 from benchmarks.common.fresh import FIRST_ID, FreshIds
 from benchmarks.common.pairs import Kind, Model, OtherSettingsError, PairResults, PairServer
@@ -217,6 +217,12 @@ def test_what_does_not_fit_is_skipped_with_the_reason(
     assert (found is None) if reason is None else (found and reason in found)
 
 
+def test_metrics_are_summed_over_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '# HELP a b\na{x="1 }"} 2.0\na{x="2"} 3.0\nb 1e3\n'
+    monkeypatch.setattr(Client, "_get_text", lambda self, path: text)
+    assert Client("http://nowhere").metrics() == {"a": 5.0, "b": 1000.0}
+
+
 ##### Results
 
 
@@ -260,6 +266,12 @@ def test_rows_of_other_settings_are_not_joined(tmp_path: Path) -> None:
     with pytest.raises(OtherSettingsError, match="context 8 there, 16 here"):
         _results(tmp_path, adds=True, length=16)
     assert json.loads((tmp_path / "results.json").read_text())["runs"]
+
+
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(OtherSettingsError, match=r"results\.json is damaged"):
+        _results(tmp_path, adds=True)
 
 
 def test_without_only_a_folder_begins_anew(tmp_path: Path) -> None:
@@ -359,6 +371,7 @@ def test_wrong_options_end_with_a_message(
         (ControlError("wrong"), 1, "error: wrong"),
         (Refused("too long"), 1, "refused a request: too long"),
         (OtherSettingsError("differ"), 1, "error: differ"),
+        (PermissionError(13, "Permission denied", "out"), 1, "Permission denied: 'out'"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (None, 0, ""),
     ],
