@@ -201,8 +201,12 @@ class Client:
                     last = time.perf_counter() - begin
                     first = first or last
                     chunk = line.removeprefix("data: ").encode()
-        meta = orjson.loads(chunk).get("meta_info") if chunk else None
-        if not meta or meta.get("finish_reason") is None or "error" in orjson.loads(chunk):
+        end = orjson.loads(chunk) if chunk else {}
+        # SGLang refuses an ordinary streamed prompt with status 200 and an error in the stream.
+        if "error" in end and end["error"].get("code") == 400:
+            raise Refused(_message(chunk))
+        meta = end.get("meta_info")
+        if not meta or meta.get("finish_reason") is None or "error" in end:
             raise ServerError(f"a stream did not come to an end: {chunk[:500]!r}")
         return Timed(first, last, meta, begin)
 
