@@ -55,7 +55,7 @@ NAME = "rag_qa"
 DOCUMENTS, QUICK_DOCUMENTS = [1, 10, 50], [1, 4, 16]
 QUICK_WINDOW = 1024  # less than the documents of the last level hold
 QUICK_COLLECTION = 32
-QUICK_QUESTIONS = 8
+QUICK_QUESTIONS = 6
 ANSWER_TOKENS = 32
 INSTRUCTION = (
     "Read the documents, if there are any, and answer the question with a name, a number or a few "

@@ -189,7 +189,8 @@ def run(
     else:
         prepared = _prepare(subjects, model_of(args, parser), args.chat)
         room = ["--ape-max-context-tokens", str(_most_context_tokens(prepared))]
-        with ape_server(args, parser, [*flags, *room]) as client:
+        idle = ["--sleep-on-idle"] if args.quick else []  # or it takes one of two cores from us
+        with ape_server(args, parser, [*flags, *room, *idle]) as client:
             _measure_all(args, client, prepared, results)
     results.finish()
 
@@ -407,10 +408,10 @@ def _show(args: argparse.Namespace, subject: Subject, results: Results) -> None:
     title = f"{name}, {subject.name}" + (f" ({QUICK_NOTE})" if args.quick else "")
     show(title, _columns(subject), rows)
     print(
-        "±: one standard error of the first score. Computed, all: prompt tokens of all questions "
-        "that were not cached,\nbeginning with an empty cache. Cold: first token, nothing cached; "
-        "Cached: the same contexts again" + _order_note(rows) + ", with\nanother question, and "
-        "how many tokens of it were computed."
+        f"±: one standard error of {next(iter(subject.task.scores))}. Tokens: of a prompt. "
+        "Computed: prompt tokens of all questions, from an empty\n"
+        "cache on. Cold ms: first token with nothing cached. Again ms: with the same contexts "
+        f"cached{_order_note(rows)}, and\nanother question; New: prompt tokens computed then."
     )
     for control, seen in results.content["controls"][subject.name].items():
         print(f"control, {control}: {seen}")
@@ -423,17 +424,17 @@ def _order_note(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _columns(subject: Subject) -> list[Column]:
     return [
-        Column("", "level"),
+        Column(subject.x, "x"),
         Column("Method", "method"),
         Column("Asked", "questions"),
         Column("Refused", "refused"),
         *(Column(name, name, "{:.3f}") for name in subject.task.scores),
         Column("±", "standard_error", "{:.3f}"),
-        Column("Prompt tokens", "prompt_tokens", "{:,.0f}"),
-        Column("Computed, all", "computed_tokens", "{:,}"),
-        Column("Cold, ms", "cold_ms", "{:,.0f}"),
-        Column("Cached, ms", "warm_ms", "{:,.0f}"),
-        Column("Computed", "warm_computed", "{:,.0f}"),
+        Column("Tokens", "prompt_tokens", "{:,.0f}"),
+        Column("Computed", "computed_tokens", "{:,}"),
+        Column("Cold ms", "cold_ms", "{:,.0f}"),
+        Column("Again ms", "warm_ms", "{:,.0f}"),
+        Column("New", "warm_computed", "{:,.0f}"),
     ]
 
 
