@@ -24,10 +24,8 @@ import contextlib
 import json
 import os
 import random
-import signal
-import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,6 +39,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.common.machine import describe
+from benchmarks.common.server import started
 from benchmarks.gpu_speed.timing import summarise
 
 TEXT, IDS, STORE, SEQUENCE = "text", "input_ids", "store id", "plain"
@@ -53,7 +52,6 @@ QUERY_TOKENS = 64
 WARM_UP = 3  # rounds
 CHARACTERS_PER_TOKEN = 16  # more than any passage needs
 RUNNING_REQUESTS = 8  # each reserves a row of the page table, as long as all contexts
-START_SECONDS = 600
 ANSWER_SECONDS = 3600  # encoding all contexts on a CPU takes long
 
 _HEADERS = {"Content-Type": "application/json"}
@@ -212,40 +210,17 @@ def check_same(answers: dict[str, Answer]) -> None:
 @contextlib.contextmanager
 def running_server(model: str, flags: Sequence[str]) -> Iterator[httpx.Client]:
     """A server of its own, and a client with one connection to it."""
-    port = _free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", *flags]
-    process = subprocess.Popen(command, start_new_session=True)
-    client = httpx.Client(
-        base_url=f"http://127.0.0.1:{port}",
-        limits=httpx.Limits(max_connections=1),
-        timeout=ANSWER_SECONDS,
-        trust_env=False,
-    )
-    try:
-        with client:
-            _wait(process, client)
-            yield client
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes], client: httpx.Client) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if client.get("/health", timeout=5).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise RuntimeError(f"the server did not come up (exit status {process.returncode})")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
+        server = stack.enter_context(started(model, ["--log-level", "warning", *flags], log))
+        yield stack.enter_context(
+            httpx.Client(
+                base_url=server.url,
+                limits=httpx.Limits(max_connections=1),
+                timeout=ANSWER_SECONDS,
+                trust_env=False,
+            )
+        )
 
 
 def server_flags(contexts: Contexts, queries: int) -> list[str]:

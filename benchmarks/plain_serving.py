@@ -12,20 +12,15 @@ both servers; ``--load-format dummy`` there saves the weights.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+from benchmarks.common.server import started
 
 KINDS = {"stock": (), "ape": ("--enable-ape",)}
 FIGURES = (
@@ -36,18 +31,20 @@ FIGURES = (
     "output_throughput",
     "duration",
 )
-START_SECONDS = 600
-PORT = 30555
 
 
 def main() -> None:
     args = _parser().parse_args()
     result: dict[str, Any] = {"command": sys.argv, "rounds": {}, "startup": {}}
     for kind in args.kinds:
-        with _server(args.model, (*KINDS[kind], *args.server)) as seconds:
-            result["startup"][kind] = seconds
-            print(f"{kind}: up after {seconds:.1f} s", flush=True)
-            runs = [_bench(args) for _ in range(args.rounds)]
+        flags = ("--log-level", "warning", *KINDS[kind], *args.server)
+        print(kind, flush=True)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            started(args.model, flags, Path(folder) / "server.log") as server,
+        ):
+            result["startup"][kind] = server.start_seconds
+            runs = [_bench(args, server.url) for _ in range(args.rounds)]
         result["rounds"][kind] = runs
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -69,33 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextlib.contextmanager
-def _server(model: str, flags: Sequence[str]) -> Iterator[float]:
-    """A running server; yields the seconds that it took to come up."""
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
-    command += ["--port", str(PORT), "--log-level", "warning", *flags]
-    begin = time.perf_counter()
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{PORT}/health", timeout=5).status_code == 200:
-                    break
-            if process.poll() is not None or time.perf_counter() - begin > START_SECONDS:
-                raise RuntimeError(f"the server did not come up: {' '.join(command)}")
-            time.sleep(0.2)
-        yield time.perf_counter() - begin
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _bench(args: argparse.Namespace) -> dict[str, Any]:
+def _bench(args: argparse.Namespace, url: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.jsonl"
         command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"]
-        command += ["--host", "127.0.0.1", "--port", str(PORT), "--tokenizer", args.model]
+        command += ["--base-url", url, "--tokenizer", args.model]
         command += ["--dataset-name", "random-ids", "--tokenize-prompt", "--seed", "1"]
         command += ["--num-prompts", str(args.prompts), "--request-rate", str(args.rate)]
         command += ["--random-input-len", str(args.input), "--random-output-len", str(args.output)]
