@@ -74,14 +74,14 @@ USUAL = {
 }
 QUICK = {
     "documents": 200,
-    "requests": 60,
+    "requests": 40,
     "per_request": 4,
     "document_tokens": 48,
     "pool_tokens": 4096,
     "concurrency": 4,
     "prefix": 16,
     "query": 8,
-    "generated": 4,
+    "generated": 2,
 }
 
 ##### The example

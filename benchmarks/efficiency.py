@@ -73,7 +73,7 @@ QUICK = {
     "context_length": 64,
     "prefix": 16,
     "generated": 8,
-    "repeats": 2,
+    "repeats": 1,
 }
 
 
