@@ -368,7 +368,13 @@ def test_ctrl_c_ends_with_what_was_done(run: Command) -> None:
 
     run.server.before_post = wait
     command = [sys.executable, "-m", "sglang_ape.preload", *run.arguments()]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Children of a shell's background job inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert waiting.wait(30)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=30)[1]
