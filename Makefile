@@ -72,7 +72,7 @@ $(STAMP): pyproject.toml constraints.txt | $(UV)
 	@rm -f '$@'
 	@$(CHECK_VENV)
 	@echo "Installing into $(VENV) (about 9 GB with SGLang and PyTorch)"
-	$(UV) pip install --python $(PY) -c constraints.txt -e '.[test,bench,demo]' uv
+	$(UV) pip install --python $(PY) --compile-bytecode -c constraints.txt -e '.[test,bench,demo]' uv
 	@echo '$(CURDIR)' > '$@'
 
 $(UV):

@@ -14,6 +14,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engine)
+    # Engine.shutdown ends every child of its process: the server that modules share starts after
+    # the last engine.
+    items.sort(key=lambda item: "store_server" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
