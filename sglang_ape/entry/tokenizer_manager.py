@@ -104,6 +104,9 @@ def around_generate_request(
     except ApeRequestError as error:
         if call is not None:
             call.error = error
+        # After a stream SGLang aborts whatever of it still runs, and reads these, which it would
+        # have set itself. Nothing runs.
+        obj.is_single, obj.rid = False, []
         raise
     params = obj.sampling_params
     samples = (params[0] if isinstance(params, list) else params).get("n", 1)

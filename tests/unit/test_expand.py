@@ -624,8 +624,10 @@ def test_the_hook_applies_the_call_and_leaves_a_refusal_on_it() -> None:
         good = make_obj(text="q")
         around_generate_request(never, make_manager(), good)
         assert listed(good.input_ids) == [BOS, *ids_of("\n\nabq")]
+        refused = make_obj(text="")
         with pytest.raises(ApeRequestError) as caught:
-            around_generate_request(never, make_manager(), make_obj(text=""))
+            around_generate_request(never, make_manager(), refused)
     finally:
         current_call.reset(token)
     assert call.error is caught.value
+    assert (refused.is_single, refused.rid) == (False, [])  # SGLang finds nothing to abort
