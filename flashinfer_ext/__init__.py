@@ -1,7 +1,7 @@
 """Attention pieces for parallel contexts, usable without SGLang.
 
-``ApeCascadeAttentionWrapper`` and ``merge_state_scaled`` follow FlashInfer's conventions. They are
-imported on first use: the torch reference (``flashinfer_ext.reference``) needs neither FlashInfer
+``ApeCascadeAttentionWrapper``, ``merge_state_scaled`` and ``merge_states_scaled`` follow
+FlashInfer's conventions. They are imported on first use: the torch reference (``flashinfer_ext.reference``) needs neither FlashInfer
 nor Triton.
 """
 
@@ -12,6 +12,7 @@ _HOME = {
     "ApeCascadeAttentionWrapper": "flashinfer_ext.cascade",
     "gather_kv_indices": "flashinfer_ext.gather",
     "merge_state_scaled": "flashinfer_ext.merge",
+    "merge_states_scaled": "flashinfer_ext.merge",
 }
 __all__ = list(_HOME)
 

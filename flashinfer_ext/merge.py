@@ -1,7 +1,7 @@
-"""The scaled merge of two attention states in one Triton kernel.
+"""The scaled merge of two attention states, and of many, in one Triton kernel each.
 
-The torch reference is :func:`flashinfer_ext.reference.merge_state_scaled`, which also runs where
-there is no GPU.
+The torch references have the same names in ``flashinfer_ext.reference``; they also run where there
+is no GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from flashinfer_ext import reference
 from flashinfer_ext.reference import EMPTY_LSE
 
 _BLOCK_ELEMENTS = 2048  # of one program: a few heads of one row
+_BLOCK_STATES = 16  # of one head, read at once
 
 
 def merge_state_scaled(
@@ -163,6 +164,177 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
         tl.store(lse + row * stride_lse + head, result, mask=in_heads)
 
 
+def merge_states_scaled(
+    v_path: torch.Tensor,
+    s_path: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    indptr: torch.Tensor,
+    index: torch.Tensor,
+    exponent: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the partial states of each row's contexts, scale them, and merge the path with them.
+
+    With one state a row this is :func:`merge_state_scaled`. On CUDA one Triton kernel computes it
+    in fp32.
+
+    Args:
+        v_path: (rows, num_heads, head_dim), fp16, bf16 or fp32.
+        s_path: (rows, num_heads), base-2 log-sum-exp, fp32; an empty state has -inf or
+            FlashInfer's -5e4.
+        v: (states, num_heads, head_dim), as ``v_path``.
+        s: (states, num_heads), as ``s_path``.
+        indptr: (rows + 1,) int32: row i merges the states ``index[indptr[i]:indptr[i + 1]]``.
+        index: (indptr[-1],) int32 at least, each less than ``states``.
+        exponent: scalar or (rows,), fp32: S * T, applied to the partition sum over all states of
+            the row.
+
+    Returns:
+        ``(v, s)`` with the shapes and dtypes of ``v_path`` and ``s_path``. A row without a state
+        that is not empty returns its path unchanged.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _check_state_lists(v_path, s_path, v, s, indptr, index, exponent)
+    if not v_path.is_cuda:
+        return reference.merge_states_scaled(v_path, s_path, v, s, indptr, index, exponent)
+    exponents = torch.as_tensor(exponent, dtype=torch.float32, device=v_path.device)
+    v_path, s_path, v, s = (x.contiguous() for x in (v_path, s_path, v, s))
+    out, lse = torch.empty_like(v_path), torch.empty_like(s_path)
+    exponents = exponents.expand(v_path.shape[0])
+    launch_merge_states(v_path, s_path, v, s, indptr, index, exponents, out, lse)
+    return out, lse
+
+
+def launch_merge_states(
+    v_path: torch.Tensor,
+    s_path: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    indptr: torch.Tensor,
+    index: torch.Tensor,
+    exponents: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    v_scale: float = 1.0,
+) -> None:
+    """Launch the kernel into buffers; capturable in a CUDA graph.
+
+    Rows and states may lie anywhere; within one, heads and dimensions are contiguous.
+
+    Args:
+        exponents: (rows,) fp32, of any stride.
+        out: gets the merged output times ``v_scale``; may be ``v_path`` itself, and then rows
+            without a state in their list are neither read nor written (at ``v_scale`` 1).
+        lse: gets the merged log-sum-exp, None to skip it; may be ``s_path`` itself.
+    """
+    rows, heads, head_dim = v_path.shape
+    if rows == 0:
+        return
+    _merge_states_kernel[(rows, heads)](
+        v_path,
+        s_path,
+        v,
+        s,
+        indptr,
+        index,
+        exponents,
+        out,
+        s_path if lse is None else lse,
+        head_dim,
+        v_path.stride(0),
+        s_path.stride(0),
+        v.stride(0),
+        s.stride(0),
+        exponents.stride(0),
+        out.stride(0),
+        0 if lse is None else lse.stride(0),
+        v_scale,
+        EMPTY_LSE=EMPTY_LSE,
+        IN_PLACE=out.data_ptr() == v_path.data_ptr() and v_scale == 1.0,
+        WRITE_LSE=lse is not None,
+        BLOCK_STATES=_BLOCK_STATES,
+        BLOCK_DIM=triton.next_power_of_2(head_dim),
+    )
+
+
+@triton.jit
+def _merge_states_kernel(  # type: ignore[no-untyped-def]
+    v_path,
+    s_path,
+    v,
+    s,
+    indptr,
+    index,
+    exponents,
+    out,
+    lse,
+    head_dim,
+    stride_v_path,
+    stride_s_path,
+    stride_v,
+    stride_s,
+    stride_exponents,
+    stride_out,
+    stride_lse,
+    v_scale,
+    EMPTY_LSE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    BLOCK_STATES: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    begin = tl.load(indptr + row)
+    stop = tl.load(indptr + row + 1)
+    if IN_PLACE and not WRITE_LSE:  # noqa: SIM102  one is decided at compile time
+        if begin == stop:
+            return
+    dim = tl.arange(0, BLOCK_DIM)
+    in_dim = dim < head_dim
+    # A finite start: two empty states have no difference.
+    highest = tl.full([], EMPTY_LSE, tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    sums = tl.full([BLOCK_DIM], 0.0, tl.float32)
+    for first in range(begin, stop, BLOCK_STATES):
+        place = first + tl.arange(0, BLOCK_STATES)
+        state = tl.load(index + place, mask=place < stop, other=0).to(tl.int64)
+        logs = tl.load(s + state * stride_s + head, mask=place < stop, other=float("-inf"))
+        new = tl.maximum(highest, tl.max(logs, axis=0))
+        weights = tl.where(logs <= EMPTY_LSE, 0.0, tl.exp2(logs - new))
+        values = tl.load(
+            v + state[:, None] * stride_v + head * head_dim + dim[None, :],
+            mask=(place < stop)[:, None] & in_dim[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        decay = tl.exp2(highest - new)
+        sums = sums * decay + tl.sum(weights[:, None] * values, axis=0)
+        total = total * decay + tl.sum(weights, axis=0)
+        highest = new
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    scaled = (highest + tl.log2(total)) * tl.load(exponents + row * stride_exponents)
+    log_path = tl.load(s_path + row * stride_s_path + head)
+    empty_path = log_path <= EMPTY_LSE
+    # Weights of an empty state are set rather than computed: an exponent of 0 would give it one.
+    top = tl.where(empty_path, scaled, tl.where(empty, log_path, tl.maximum(log_path, scaled)))
+    w_path = tl.where(empty_path, 0.0, tl.exp2(log_path - top))
+    w_contexts = tl.where(empty, 0.0, tl.exp2(scaled - top))
+    both = w_path + w_contexts
+    path = tl.load(v_path + row * stride_v_path + head * head_dim + dim, mask=in_dim, other=0.0)
+    path = path.to(tl.float32)
+    merged = path * (w_path / both) + sums * (w_contexts / both / total)
+    merged = tl.where(empty, path, merged) * v_scale
+    place = out + row * stride_out + head * head_dim + dim
+    tl.store(place, merged.to(out.dtype.element_ty), mask=in_dim)
+    if WRITE_LSE:
+        result = tl.where(empty, log_path, top + tl.log2(both))
+        tl.store(lse + row * stride_lse + head, result)
+
+
 def _check_states(
     v_a: torch.Tensor,
     s_a: torch.Tensor,
@@ -175,12 +347,46 @@ def _check_states(
             "v_a and v_b must have one shape (seq_len, num_heads, head_dim) and one dtype, got "
             f"{tuple(v_a.shape)} {v_a.dtype} and {tuple(v_b.shape)} {v_b.dtype}"
         )
-    for name, s in (("s_a", s_a), ("s_b", s_b)):
-        if s.shape != v_a.shape[:2] or s.dtype != torch.float32:
-            shape = tuple(v_a.shape[:2])
-            raise ValueError(
-                f"{name} must be fp32 of shape {shape}, got {tuple(s.shape)} {s.dtype}"
-            )
-    shape = tuple(getattr(exponent_b, "shape", ()))
-    if shape not in ((), (v_a.shape[0],)):
-        raise ValueError(f"exponent_b must be a scalar or of shape ({v_a.shape[0]},), got {shape}")
+    _check_log("s_a", s_a, v_a)
+    _check_log("s_b", s_b, v_a)
+    _check_exponent("exponent_b", exponent_b, v_a.shape[0])
+
+
+def _check_state_lists(
+    v_path: torch.Tensor,
+    s_path: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    indptr: torch.Tensor,
+    index: torch.Tensor,
+    exponent: torch.Tensor | float,
+) -> None:
+    if v_path.dim() != 3:
+        raise ValueError(
+            f"v_path must have the shape (rows, num_heads, head_dim), got {tuple(v_path.shape)}"
+        )
+    if v.dim() != 3 or v.shape[1:] != v_path.shape[1:] or v.dtype != v_path.dtype:
+        raise ValueError(
+            f"v must be {v_path.dtype} of shape (states, {v_path.shape[1]}, {v_path.shape[2]}), "
+            f"got {v.dtype} of shape {tuple(v.shape)}"
+        )
+    _check_log("s_path", s_path, v_path)
+    _check_log("s", s, v)
+    for name, lists in (("indptr", indptr), ("index", index)):
+        if lists.dim() != 1 or lists.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32 of one dimension, got {lists.dtype}")
+    if len(indptr) != len(v_path) + 1:
+        raise ValueError(f"indptr must be of shape ({len(v_path) + 1},), got ({len(indptr)},)")
+    _check_exponent("exponent", exponent, v_path.shape[0])
+
+
+def _check_log(name: str, s: torch.Tensor, v: torch.Tensor) -> None:
+    if s.shape != v.shape[:2] or s.dtype != torch.float32:
+        shape = tuple(v.shape[:2])
+        raise ValueError(f"{name} must be fp32 of shape {shape}, got {tuple(s.shape)} {s.dtype}")
+
+
+def _check_exponent(name: str, exponent: torch.Tensor | float, rows: int) -> None:
+    shape = tuple(getattr(exponent, "shape", ()))
+    if shape not in ((), (rows,)):
+        raise ValueError(f"{name} must be a scalar or of shape ({rows},), got {shape}")

@@ -7,6 +7,7 @@ All log-sum-exps are base 2 and fp32, as FlashInfer's are (``flashinfer/cascade.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -104,3 +105,65 @@ def merge_state_scaled(
     merged = torch.where(empty_b.unsqueeze(-1), v_a.float(), merged)
     merged_lse = torch.where(empty_b, s_a, torch.log2(total) + highest)
     return merged.to(v_a.dtype), merged_lse
+
+
+def merge_states(
+    v: torch.Tensor, s: torch.Tensor, indptr: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge any number of attention states into one for each row.
+
+    Args:
+        v: (states, num_heads, head_dim).
+        s: (states, num_heads), base-2 log-sum-exp, fp32; at most ``EMPTY_LSE`` for an empty state.
+        indptr: (rows + 1,) integer: row i merges the states ``index[indptr[i]:indptr[i + 1]]``.
+        index: integer, which states; a state may stand anywhere and more than once.
+
+    Returns:
+        ``(v, s)``, fp32 of shapes (rows, num_heads, head_dim) and (rows, num_heads); 0 and -inf
+        for a row whose states are all empty, or that has none.
+    """
+    bounds = indptr.tolist()
+    rows, heads = len(bounds) - 1, s.shape[1]
+    out = v.new_zeros((rows, heads, v.shape[2]), dtype=torch.float32)
+    lse = s.new_full((rows, heads), -math.inf)
+    for row, (start, stop) in enumerate(pairwise(bounds)):
+        states = index[start:stop].long()
+        logs = torch.where(s[states] <= EMPTY_LSE, -math.inf, s[states])
+        highest = logs.amax(0) if start < stop else lse[row]
+        weights = torch.exp2(logs - highest.masked_fill(highest == -math.inf, 0.0))
+        total = weights.sum(0)
+        lse[row] = torch.log2(total) + highest
+        shares = weights / total.masked_fill(total == 0, 1.0)
+        out[row] = (shares.unsqueeze(-1) * v[states].float()).sum(0)
+    return out, lse
+
+
+def merge_states_scaled(
+    v_path: torch.Tensor,
+    s_path: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    indptr: torch.Tensor,
+    index: torch.Tensor,
+    exponent: torch.Tensor | float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the partial states of a row's contexts, scale the result, and merge the path with it.
+
+    The exponent S * T acts on the partition sum over all contexts of the row, so it comes after
+    the partial states are merged: a power of a sum is not a sum of powers.
+
+    Args:
+        v_path: (rows, num_heads, head_dim).
+        s_path: (rows, num_heads), base-2 log-sum-exp, fp32.
+        v: (states, num_heads, head_dim), see :func:`merge_states` for this and the next three.
+        s: (states, num_heads), fp32.
+        indptr: (rows + 1,).
+        index: (indptr[-1],) at least.
+        exponent: scalar or (rows,), fp32.
+
+    Returns:
+        ``(v, s)`` with the shapes of ``v_path`` and ``s_path``; v has the dtype of ``v_path``. A
+        row without a state that is not empty returns its path unchanged.
+    """
+    contexts = merge_states(v, s, indptr, index)
+    return merge_state_scaled(v_path, s_path, *contexts, exponent)

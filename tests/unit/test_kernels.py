@@ -15,8 +15,9 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashinfer_ext import cascade
-from flashinfer_ext.merge import merge_state_scaled
+from flashinfer_ext import cascade, reference
+from flashinfer_ext.merge import merge_state_scaled, merge_states_scaled
+from flashinfer_ext.reference import attention_state
 from flashinfer_ext.reference import merge_state_scaled as reference_merge
 from tests.support.oracle import one_thread
 
@@ -52,8 +53,13 @@ def kernels() -> Iterator[SimpleNamespace]:
         one_thread(),
     ):
         triton.knobs.runtime.interpret = True
-        # tl.min was compiled at import, before the knob was on; tl.reduce the interpreter replaces.
-        patch.setattr(tl, "min", lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_min))
+        # These were compiled at import, before the knob was on; tl.reduce the interpreter replaces.
+        for name, combine in (
+            ("min", tl.standard._elementwise_min),
+            ("max", tl.standard._elementwise_max),
+            ("sum", tl.standard._sum_combine),
+        ):
+            patch.setattr(tl, name, lambda x, axis, f=combine: tl.reduce(x, axis, f))
         yield SimpleNamespace(merge=interpreted("merge"), gather=interpreted("gather"))
 
 
@@ -195,6 +201,123 @@ def test_the_log_may_have_another_row_stride_than_the_states(kernels: SimpleName
 def test_no_rows_need_no_launch(kernels: SimpleNamespace) -> None:
     merge = random_merge(rows=0, heads=4, head_dim=64, dtype=torch.float32)
     kernels.merge.launch_merge(*merge, merge.v_a, None)
+
+
+class States(NamedTuple):
+    """What the merge of many states takes."""
+
+    v_path: torch.Tensor
+    s_path: torch.Tensor
+    v: torch.Tensor
+    s: torch.Tensor
+    indptr: torch.Tensor
+    index: torch.Tensor
+    exponents: torch.Tensor
+
+
+def random_states(lens: list[int], heads: int, head_dim: int, dtype: torch.dtype) -> States:
+    """Row i has ``lens[i]`` states, taken in random order from a few more than are needed."""
+    generator = torch.Generator().manual_seed(3)
+    rows, count = len(lens), sum(lens) + 3
+    indptr = torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32)
+    return States(
+        torch.randn(rows, heads, head_dim, generator=generator).to(dtype),
+        12 * torch.randn(rows, heads, generator=generator),
+        torch.randn(count, heads, head_dim, generator=generator).to(dtype),
+        12 * torch.randn(count, heads, generator=generator),
+        indptr,
+        torch.randperm(count, generator=generator)[: sum(lens)].int(),
+        1.5 * torch.rand(rows, generator=generator),
+    )
+
+
+@st.composite
+def state_lists(draw: st.DrawFn) -> States:
+    """Rows with no state, with a few and with more than are read at once; empty ones among them."""
+    lens = draw(st.lists(st.sampled_from([0, 1, 2, 5, 16, 17, 40]), min_size=1, max_size=3))
+    heads, head_dim = draw(st.sampled_from([1, 3])), draw(st.sampled_from([64, 80]))
+    states = random_states(lens, heads, head_dim, torch.float32)
+    logs = st.one_of(st.floats(-60, 60, width=32), st.sampled_from(EMPTY))
+    count = len(states.s)
+    s = draw(st.lists(logs, min_size=count * heads, max_size=count * heads))
+    s_path = draw(st.lists(logs, min_size=len(lens) * heads, max_size=len(lens) * heads))
+    exponents = draw(st.lists(st.floats(0, 15, width=32), min_size=len(lens), max_size=len(lens)))
+    return states._replace(
+        s=torch.tensor(s).view(count, heads),
+        s_path=torch.tensor(s_path).view(len(lens), heads),
+        exponents=torch.tensor(exponents),
+    )
+
+
+@fast
+@given(
+    states=state_lists(),
+    v_scale=st.sampled_from([1.0, 0.25]),
+    want_lse=st.booleans(),
+    in_place=st.booleans(),
+)
+def test_the_kernel_of_many_states_equals_the_reference(
+    kernels: SimpleNamespace, states: States, v_scale: float, want_lse: bool, in_place: bool
+) -> None:
+    expected, expected_lse = reference.merge_states_scaled(*states)
+    out = states.v_path if in_place else torch.full_like(states.v_path, math.nan)
+    lse = states.s_path if in_place else torch.full_like(states.s_path, math.nan)
+    kernels.merge.launch_merge_states(*states, out, lse if want_lse else None, v_scale)
+    assert_near(out, expected * v_scale)
+    if want_lse:
+        assert_near(lse, expected_lse)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_many_states_of_every_dtype(kernels: SimpleNamespace, dtype: torch.dtype) -> None:
+    states = random_states([0, 1, 3, 33], 5, 128, dtype)
+    out = torch.full_like(states.v_path, math.nan)
+    kernels.merge.launch_merge_states(*states, out, None)
+    wide = states._replace(v_path=states.v_path.float(), v=states.v.float())
+    assert_near(out, reference.merge_states_scaled(*wide)[0])
+    assert torch.equal(out[0], states.v_path[0])
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_pieces_of_one_state_merge_to_what_the_whole_merges_to(exponent: float) -> None:
+    """The exponent acts on the whole: the same for one state, and for it in three pieces."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(n, 4, 64, generator=generator) for n in (6, 30, 30))
+    path = attention_state(q, k[:9], v[:9], 0.1, causal=True)
+    whole = attention_state(q, k[9:], v[9:], 0.1, causal=False)
+    cuts = [(9, 10), (10, 21), (21, 30)]
+    parts = [attention_state(q, k[a:b], v[a:b], 0.1, causal=False) for a, b in cuts]
+    states = [torch.cat(part) for part in zip(*parts, strict=True)]
+    index = torch.arange(18, dtype=torch.int32).view(3, 6).T.reshape(-1)
+    indptr = torch.arange(7, dtype=torch.int32) * 3
+    merged = merge_states_scaled(*path, *states, indptr, index, exponent)
+    for got, wanted in zip(merged, reference_merge(*path, *whole, exponent), strict=True):
+        assert_near(got, wanted)
+
+
+GOOD_STATES = random_states([2, 1], 3, 64, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"v_path": GOOD_STATES.v_path[0]}, "v_path"),
+        ({"s_path": GOOD_STATES.s_path[:1]}, "s_path"),
+        ({"v": GOOD_STATES.v[:, :2]}, "^v must"),
+        ({"v": GOOD_STATES.v.half()}, "^v must"),
+        ({"s": GOOD_STATES.s[:2]}, "^s must"),
+        ({"s": GOOD_STATES.s.double()}, "^s must"),
+        ({"indptr": GOOD_STATES.indptr[:2]}, "indptr"),
+        ({"indptr": GOOD_STATES.indptr.long()}, "indptr"),
+        ({"index": GOOD_STATES.index.long()}, "index"),
+        ({"exponents": torch.ones(3)}, "^exponent must"),
+    ],
+)
+def test_a_merge_of_many_states_that_do_not_fit_names_the_argument(
+    changes: dict[str, torch.Tensor], name: str
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        merge_states_scaled(*GOOD_STATES._replace(**changes))
 
 
 class Gather(NamedTuple):
