@@ -1,8 +1,8 @@
 """Attention pieces for parallel contexts, usable without SGLang.
 
 ``ApeCascadeAttentionWrapper``, ``merge_state_scaled`` and ``merge_states_scaled`` follow
-FlashInfer's conventions. They are imported on first use: the torch reference (``flashinfer_ext.reference``) needs neither FlashInfer
-nor Triton.
+FlashInfer's conventions. They are imported on first use: the torch reference
+(``flashinfer_ext.reference``) needs neither FlashInfer nor Triton.
 """
 
 from importlib import import_module

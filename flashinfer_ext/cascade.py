@@ -12,7 +12,9 @@ import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
 from flashinfer_ext import variant
-from flashinfer_ext.merge import launch_merge
+from flashinfer_ext.merge import launch_merge, launch_merge_states
+from flashinfer_ext.rectangles import Heads, RectangleLaunch, staged
+from flashinfer_ext.worklist import Groups
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ class ApeCascadeAttentionWrapper:
     (``flashinfer/cascade.py``): level 0 is the contexts, level 1 the path. Rows of several requests
     that read the same contexts can be one group of level 0, which reads them once for all.
 
+    With ``contexts_rows``, a row may stand in several groups of the contexts level, over different
+    parts of its contexts (a cover by rectangles). Partial states of a row are merged first, so that
+    S * T acts on the partition sum over all of its contexts.
+
     Args:
         float_workspace_buffer: uint8 on the GPU, 384 MB recommended; FlashInfer's split-KV results.
         kv_layout: ``"NHD"`` or ``"HND"``.
@@ -42,6 +48,8 @@ class ApeCascadeAttentionWrapper:
         batch_size: rows of the batch; only with ``use_cuda_graph``.
         paged_kv_indices_buffer: int32 on the GPU, as long as the longest ``paged_kv_indices``;
             only with ``use_cuda_graph``. Indices written to it before ``plan`` are not copied.
+        rectangles: whether the captured ``run`` serves plans with ``contexts_rows``, or those
+            without; only with ``use_cuda_graph``.
 
     Source: APE paper (ICLR 2025), section 4.
     """
@@ -53,6 +61,7 @@ class ApeCascadeAttentionWrapper:
         use_cuda_graph: bool = False,
         batch_size: int | None = None,
         paged_kv_indices_buffer: torch.Tensor | None = None,
+        rectangles: bool = False,
     ) -> None:
         if use_cuda_graph and (batch_size is None or paged_kv_indices_buffer is None):
             raise ValueError("use_cuda_graph needs batch_size and paged_kv_indices_buffer")
@@ -60,7 +69,7 @@ class ApeCascadeAttentionWrapper:
         self._device = float_workspace_buffer.device
         self._layout = kv_layout
         self._graph = (
-            _GraphBuffers(batch_size, paged_kv_indices_buffer)
+            _GraphBuffers(batch_size, paged_kv_indices_buffer, rectangles)
             if batch_size is not None and paged_kv_indices_buffer is not None
             else None
         )
@@ -68,6 +77,8 @@ class ApeCascadeAttentionWrapper:
         self._module: Any = None  # None: FlashInfer's stock kernel
         self._levels: list[BatchPrefillWithPagedKVCacheWrapper] = []
         self._side: torch.cuda.Stream | None = None
+        self._rectangles: RectangleLaunch | None = None
+        self._contexts_rows: torch.Tensor | None = None  # None: no virtual rows
 
     def plan(
         self,
@@ -84,6 +95,7 @@ class ApeCascadeAttentionWrapper:
         sm_scale: float | None = None,
         q_data_type: torch.dtype = torch.float16,
         kv_data_type: torch.dtype | None = None,
+        contexts_rows: torch.Tensor | None = None,
     ) -> None:
         """Prepare a batch; any number of ``run`` calls may follow, one a layer.
 
@@ -109,17 +121,26 @@ class ApeCascadeAttentionWrapper:
             sm_scale: softmax scale, default ``1 / sqrt(head_dim)``.
             q_data_type: float16 or bfloat16; also of the output.
             kv_data_type: default ``q_data_type``; float8_e4m3fn and float8_e5m2 are possible.
+            contexts_rows: int32 on the CPU, (qo_indptr_arr[0][-1],): the row that stands at each
+                place of the contexts level. A row may stand in any number of its groups, or in
+                none; those of a row must not hold a page of its contexts twice. ``temperature``
+                and ``scale`` are then for each row or for all, and the rows of one group have one
+                T. Given in the very memory of the last call, the contexts level is kept as it was
+                planned, with T and S, and only the path is planned anew. Needs the attention
+                module of this package. Default: row i at place i.
 
         Raises:
-            ValueError: lengths do not fit together, or T or S is out of range.
+            ValueError: lengths do not fit together, T or S is out of range, or rectangles are too
+                many for a captured graph.
         """
         qo = [indptr.cpu() for indptr in qo_indptr_arr]
         kv = [indptr.cpu() for indptr in paged_kv_indptr_arr]
         last = [lens.cpu() for lens in paged_kv_last_page_len]
-        _check_levels(qo, kv, last)
+        _check_levels(qo, kv, last, contexts_rows)
         rows, groups = int(qo[PATH][-1]), len(qo[CONTEXTS]) - 1
-        t = _per_group("temperature", temperature, groups)
-        s = _per_group("scale", scale, groups)
+        settings = groups if contexts_rows is None else rows
+        t = _as_floats("temperature", temperature, settings)
+        s = _as_floats("scale", scale, settings)
         if not bool((t > 0).all()) or not bool((s >= 0).all()):
             raise ValueError("temperature must be > 0 and scale >= 0")
         indices = (
@@ -132,10 +153,10 @@ class ApeCascadeAttentionWrapper:
             raise ValueError(f"paged_kv_indices holds {len(indices)} of {pages} pages")
         key = variant.ModuleKey(q_data_type, kv_data_type or q_data_type, head_dim)
         if self._graph is not None:
-            if not groups <= rows == len(qo[PATH]) - 1 == self._graph.rows:
-                raise ValueError(f"a CUDA graph of {self._graph.rows} rows takes one path a row")
-            if self._key not in (None, key):
-                raise ValueError(f"a CUDA graph captured for {self._key} cannot run {key}")
+            self._check_graph(rows, len(qo[PATH]) - 1, key, contexts_rows is not None)
+        if self._graph is not None and contexts_rows is None:
+            if groups > rows:
+                raise ValueError(f"{groups} groups of contexts in a CUDA graph of {rows} rows")
             # The number of groups is captured too.
             for lists in (qo, kv):
                 lists[CONTEXTS] = _padded(lists[CONTEXTS], rows + 1, int(lists[CONTEXTS][-1]))
@@ -145,6 +166,7 @@ class ApeCascadeAttentionWrapper:
         if key != self._key:
             self._key, self._module = key, temperature_module(key)
             self._levels = []
+            self._rectangles = self._contexts_rows = None
         self._rows = rows
         self._sm_scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
         self._plan_arguments = dict(
@@ -155,7 +177,13 @@ class ApeCascadeAttentionWrapper:
             q_data_type=key.q_dtype,
             kv_data_type=key.kv_dtype,
         )
-        self._plan_levels(qo, kv, indices, last, t, s)
+        if contexts_rows is None:
+            self._contexts_rows = None
+            self._plan_levels(qo, kv, indices, last, t, s)
+        else:
+            self._plan_contexts_of_rows(contexts_rows, qo, kv, last, t, s)
+            self._indices = indices if self._graph is None else self._graph.indices
+            self._plan_path(qo, kv, indices, last)
 
     def run(
         self,
@@ -190,18 +218,15 @@ class ApeCascadeAttentionWrapper:
         scales = _Scales(
             self._sm_scale if sm_scale is None else sm_scale, 1.0 if k_scale is None else k_scale
         )
-        v_path, s_path, v_contexts, s_contexts = self._run_levels(q, paged_kv_cache, scales, out)
+        v_path, s_path, v, s = self._run_levels(q, paged_kv_cache, scales, out)
         lse = torch.empty_like(s_path) if return_lse else None
-        launch_merge(
-            v_path,
-            s_path,
-            v_contexts,
-            s_contexts,
-            self._exponents,
-            out,
-            lse,
-            1.0 if v_scale is None else v_scale,
-        )
+        to = self._exponents, out, lse, 1.0 if v_scale is None else v_scale
+        if self._contexts_rows is None:
+            launch_merge(v_path, s_path, v, s, *to)
+        else:
+            assert self._rectangles is not None
+            indptr, index = self._rectangles.state_lists
+            launch_merge_states(v_path, s_path, v, s, indptr, index, *to)
         return out if lse is None else (out, lse)
 
     def _plan_levels(
@@ -228,25 +253,95 @@ class ApeCascadeAttentionWrapper:
         self._one_temperature = (
             _one_value(t[kv[CONTEXTS].diff() > 0]) if self._graph is None else None
         )
-        if not self._levels:
-            self._levels = self._make_levels()
+        self._make_levels()
         if self._has_contexts:
             self._plan_wrapper(
                 self._levels[CONTEXTS], qo[CONTEXTS], kv[CONTEXTS], indices, last[CONTEXTS], False
             )
+        self._plan_path(qo, kv, indices, last)
+
+    def _plan_path(
+        self,
+        qo: list[torch.Tensor],
+        kv: list[torch.Tensor],
+        indices: torch.Tensor,
+        last: list[torch.Tensor],
+    ) -> None:
         behind = kv[PATH] + kv[CONTEXTS][-1]
         self._plan_wrapper(self._levels[PATH], qo[PATH], behind, indices, last[PATH], True)
 
-    def _make_levels(self) -> list[BatchPrefillWithPagedKVCacheWrapper]:
-        """In a graph the path's launch runs beside the contexts'.
+    def _plan_contexts_of_rows(
+        self,
+        contexts_rows: torch.Tensor,
+        qo: list[torch.Tensor],
+        kv: list[torch.Tensor],
+        last: list[torch.Tensor],
+        t: torch.Tensor,
+        s: torch.Tensor,
+    ) -> None:
+        """One launch over virtual rows, unless it is planned already."""
+        if self._module is None:
+            raise RuntimeError("contexts_rows needs the attention module of flashinfer_ext")
+        self._make_levels()
+        if self._rectangles is None:
+            self._rectangles = self._make_rectangles()
+        paths = len(qo[PATH]) - 1
+        if _same_memory(contexts_rows, self._contexts_rows) and (
+            self._rows == len(self._exponents) and paths == len(self._no_temperature)
+        ):
+            return
+        members = contexts_rows.long()
+        lens = qo[CONTEXTS].diff()
+        of_group = torch.ones(len(lens))
+        of_group[lens > 0] = t[members[qo[CONTEXTS][:-1][lens > 0].long()]]
+        if not torch.equal(of_group.repeat_interleave(lens), t[members]):
+            raise ValueError("temperature: the rows of one group of the contexts level have one")
+        groups = Groups(
+            *(x.numpy() for x in (qo[CONTEXTS], contexts_rows, kv[CONTEXTS], last[CONTEXTS]))
+        )
+        self._rectangles.plan(groups, 1 / of_group, self._rows)
+        floats = self._on_device(torch.cat([s * t, torch.ones(paths)]))
+        self._exponents, self._no_temperature = floats.split([self._rows, paths])
+        self._contexts_rows = contexts_rows
 
-        They must not write their partial results to one place then.
-        """
-        spaces = [self._workspace] * 2
+    def _make_rectangles(self) -> RectangleLaunch:
+        arguments = self._plan_arguments
+        return RectangleLaunch(
+            self._module,
+            self._spaces()[CONTEXTS],
+            self._layout,
+            Heads(arguments["num_qo_heads"], arguments["num_kv_heads"], arguments["head_dim_qk"]),
+            arguments["page_size"],
+            arguments["q_data_type"],
+            captured_rows=None if self._graph is None else self._graph.rows,
+        )
+
+    def _check_graph(self, rows: int, paths: int, key: variant.ModuleKey, rectangles: bool) -> None:
+        graph = self._graph
+        assert graph is not None
+        if not rows == paths == graph.rows:
+            raise ValueError(f"a CUDA graph of {graph.rows} rows takes one path a row")
+        if self._key not in (None, key):
+            raise ValueError(f"a CUDA graph captured for {self._key} cannot run {key}")
+        if rectangles != graph.rectangles:
+            raise ValueError(
+                "a CUDA graph captured with rectangles needs contexts_rows, one without takes none"
+            )
+
+    def _make_levels(self) -> None:
+        """FlashInfer's wrappers, once."""
+        if self._levels:
+            return
         if self._graph is not None:
             self._side = torch.cuda.Stream(self._device)
-            spaces = list(self._workspace.chunk(2))
-        return [self._wrapper(space) for space in spaces]
+        self._levels = [self._wrapper(space) for space in self._spaces()]
+
+    def _spaces(self) -> list[torch.Tensor]:
+        """Where each level writes its partial results.
+
+        In a graph the path's launch runs beside the contexts': not to one place then.
+        """
+        return [self._workspace] * 2 if self._graph is None else list(self._workspace.chunk(2))
 
     def _plan_wrapper(
         self,
@@ -260,10 +355,10 @@ class ApeCascadeAttentionWrapper:
         if self._graph is not None and indices.data_ptr() == self._graph.indices.data_ptr():
             indices = indices[:0]  # in place already, nothing to copy
         wrapper.plan(
-            qo_indptr=_staged(qo_indptr),
-            paged_kv_indptr=_staged(kv_indptr),
+            qo_indptr=staged(qo_indptr),
+            paged_kv_indptr=staged(kv_indptr),
             paged_kv_indices=indices,
-            paged_kv_last_page_len=_staged(last_page_len),
+            paged_kv_last_page_len=staged(last_page_len),
             causal=causal,
             **self._plan_arguments,
         )
@@ -292,6 +387,10 @@ class ApeCascadeAttentionWrapper:
     def _run_contexts(
         self, q: torch.Tensor, kv_cache: Any, scales: _Scales
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._contexts_rows is not None:
+            assert self._rectangles is not None
+            logits_scale = scales.sm_scale * scales.k_scale
+            return self._rectangles.run(q, kv_cache, self._indices, logits_scale)
         if not self._has_contexts:
             return q, q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
         if self._module is None:
@@ -334,10 +433,10 @@ class ApeCascadeAttentionWrapper:
 
     def _on_device(self, floats: torch.Tensor) -> torch.Tensor:
         if self._graph is None:
-            return _staged(floats).to(self._device, non_blocking=True)
+            return staged(floats).to(self._device, non_blocking=True)
         if self._graph.floats is None:
             self._graph.floats = floats.to(self._device)
-        return self._graph.floats.copy_(_staged(floats), non_blocking=True)
+        return self._graph.floats.copy_(staged(floats), non_blocking=True)
 
 
 @functools.cache
@@ -366,9 +465,10 @@ class _Scales(NamedTuple):
 class _GraphBuffers:
     """What captured launches read: fixed addresses for a fixed number of rows."""
 
-    def __init__(self, rows: int, indices: torch.Tensor) -> None:
+    def __init__(self, rows: int, indices: torch.Tensor, rectangles: bool) -> None:
         self.rows = rows
         self.indices = indices
+        self.rectangles = rectangles
         self.floats: torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -383,7 +483,12 @@ class _GraphBuffers:
         )
 
 
-def _check_levels(qo: list[torch.Tensor], kv: list[torch.Tensor], last: list[torch.Tensor]) -> None:
+def _check_levels(
+    qo: list[torch.Tensor],
+    kv: list[torch.Tensor],
+    last: list[torch.Tensor],
+    contexts_rows: torch.Tensor | None,
+) -> None:
     if not len(qo) == len(kv) == len(last) == 2:
         raise ValueError("two levels are needed: the contexts, then the path")
     for name, q, k, n in zip(("contexts", "path"), qo, kv, last, strict=True):
@@ -395,17 +500,31 @@ def _check_levels(qo: list[torch.Tensor], kv: list[torch.Tensor], last: list[tor
         for indptr in (q, k):
             if int(indptr[0]) != 0 or bool((indptr.diff() < 0).any()):
                 raise ValueError(f"{name}: an indptr does not start at 0 or decreases")
-    if qo[CONTEXTS][-1] != qo[PATH][-1]:
-        raise ValueError(f"the levels cover {int(qo[CONTEXTS][-1])} and {int(qo[PATH][-1])} rows")
+    places, rows = int(qo[CONTEXTS][-1]), int(qo[PATH][-1])
+    if contexts_rows is None:
+        if places != rows:
+            raise ValueError(f"the levels cover {places} and {rows} rows")
+        return
+    if contexts_rows.dtype != torch.int32 or contexts_rows.shape != (places,):
+        raise ValueError(
+            f"contexts_rows must be int32 of shape ({places},), got {contexts_rows.dtype} of "
+            f"shape {tuple(contexts_rows.shape)}"
+        )
+    if places and not 0 <= int(contexts_rows.min()) <= int(contexts_rows.max()) < rows:
+        raise ValueError(f"contexts_rows must be rows of the batch, 0 to {rows - 1}")
 
 
-def _per_group(name: str, value: Floats, groups: int) -> torch.Tensor:
-    """fp32 on the CPU, one for each group of the contexts level."""
+def _as_floats(name: str, value: Floats, count: int) -> torch.Tensor:
+    """fp32 on the CPU, one for each group of the contexts level, or for each row."""
     values = torch.as_tensor(value, dtype=torch.float32).cpu()
-    if values.dim() > 1 or (values.dim() == 1 and len(values) != groups):
+    if values.dim() > 1 or (values.dim() == 1 and len(values) != count):
         shape = tuple(values.shape)
-        raise ValueError(f"{name}: {shape} values for {groups} groups of the contexts level")
-    return values.expand(groups)
+        raise ValueError(f"{name}: {shape} values, 1 or {count} are needed")
+    return values.expand(count)
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor | None) -> bool:
+    return b is not None and a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 def _padded(values: torch.Tensor, size: int, with_value: int) -> torch.Tensor:
@@ -417,12 +536,3 @@ def _one_value(values: torch.Tensor) -> float | None:
     if len(values) and bool((values == values[0]).all()):
         return float(values[0])
     return None
-
-
-def _staged(host: torch.Tensor) -> torch.Tensor:
-    """Ready for a copy to the GPU that does not wait for what runs there.
-
-    CUDA stages up to 64 KB of ordinary memory by itself; more has to be pinned.
-    """
-    host = host.contiguous()
-    return host if host.nbytes <= 65536 else host.pin_memory()

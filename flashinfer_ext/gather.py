@@ -1,4 +1,4 @@
-"""Collect the KV slots of many page-table segments into one index list, in one Triton kernel."""
+"""Collect KV slots of page-table segments, and rows of a tensor, in one Triton kernel each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 
 _BLOCK = 1024
 _MAX_PROGRAMS_PER_SEGMENT = 64
+_MAX_PROGRAMS_OF_ROWS = 512
 
 
 def gather_kv_indices_reference(
@@ -91,3 +92,32 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         column = first + tl.arange(0, BLOCK)
         mask = column < length
         tl.store(out + begin + column, tl.load(source + column, mask=mask), mask=mask)
+
+
+def gather_rows(
+    source: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Write ``source[rows[i]]`` to ``out[i]`` for the first ``count`` i; capturable in a graph.
+
+    What lies behind is left as it is, so that one captured launch serves any number of rows.
+
+    Args:
+        source: (n, ...), contiguous within a row.
+        rows: (capacity,) int32.
+        count: (1,) int32, at most ``capacity``.
+        out: (capacity or more, ...), contiguous, else as ``source``.
+    """
+    width = out[0].numel()
+    _gather_rows_kernel[(min(len(rows), _MAX_PROGRAMS_OF_ROWS),)](
+        source, rows, count, out, source.stride(0), width, BLOCK=triton.next_power_of_2(width)
+    )
+
+
+@triton.jit
+def _gather_rows_kernel(source, rows, count, out, stride, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    for i in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
+        row = tl.load(rows + i).to(tl.int64)
+        values = tl.load(source + row * stride + column, mask=mask)
+        tl.store(out + i * width + column, values, mask=mask)

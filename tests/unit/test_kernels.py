@@ -392,6 +392,20 @@ def test_the_reference_of_no_segments_is_empty(kernels: SimpleNamespace) -> None
     assert (gathered.shape, gathered.dtype) == ((0,), torch.int32)
 
 
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_rows_are_gathered_as_far_as_they_are_counted(
+    kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Two programs take five rows in turn; what lies behind them stays."""
+    monkeypatch.setattr(kernels.gather, "_MAX_PROGRAMS_OF_ROWS", 2)
+    source = torch.arange(4 * 6 * 10.0).view(4, 6, 10)[:, :3]  # rows stand apart
+    rows = int32(3, 0, 0, 2, 1)
+    out = torch.full((7, 3, 10), math.nan)
+    kernels.gather.gather_rows(source, rows, int32(count), out)
+    assert torch.equal(out[:count], source[rows[:count].long()])
+    assert out[count:].isnan().all()
+
+
 def test_without_a_gpu_the_merge_is_the_reference() -> None:
     merge = random_merge(rows=4, heads=6, head_dim=64, dtype=torch.float32)
     for got, wanted in zip(merge_state_scaled(*merge), reference_merge(*merge), strict=True):

@@ -1,0 +1,473 @@
+"""Rectangles from plan to output on the CPU: the kernel is a torch model of what it reads and where
+it writes, everything else is the code that runs on a GPU.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashinfer_ext import cascade, rectangles, reference, worklist
+from flashinfer_ext.reference import attention_state
+from flashinfer_ext.worklist import Groups, Shape, WorkSizes, make_work_list
+from tests.support.oracle import one_thread
+
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
+SLOTS = 5
+slow = settings(deadline=None, max_examples=40)
+
+
+class Rectangle(NamedTuple):
+    rows: list[int]
+    kv: list[int]  # tokens
+
+
+class Problem(NamedTuple):
+    """Rows with a path each, and rectangles that cover the contexts of some of them."""
+
+    rectangles: list[Rectangle]
+    paths: list[list[int]]  # tokens of each row's path
+    temperature: list[float]
+    scale: list[float]
+    page_size: int
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Disjoint token ranges, so that no row reads one twice; groups may be empty either way."""
+    rows = draw(st.integers(1, 7))
+    page_size = draw(st.sampled_from([1, 4]))
+    one = draw(st.booleans())
+    temperature = [0.7] * rows if one else draw(_floats(rows, 0.25, 2.0))
+    found, used = [], 0
+    for _ in range(draw(st.integers(0, 5))):
+        members = draw(st.lists(st.integers(0, rows - 1), unique=True, max_size=rows))
+        members = [row for row in members if temperature[row] == temperature[members[0]]]
+        length = draw(st.sampled_from([0, 1, 3, 64, 130, 500]))
+        found.append(Rectangle(members, list(range(used, used + length))))
+        used = -(-(used + length) // page_size) * page_size
+    paths = []
+    for _ in range(rows):
+        length = draw(st.integers(1, 9))
+        paths.append(list(range(used, used + length)))
+        used = -(-(used + length) // page_size) * page_size
+    return Problem(found, paths, temperature, draw(_floats(rows, 0.0, 1.5)), page_size)
+
+
+def _floats(count: int, low: float, high: float) -> Any:
+    return st.lists(st.floats(low, high, width=32), min_size=count, max_size=count)
+
+
+def indptr(lens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def pages_of(groups: Sequence[list[int]], page_size: int) -> tuple[torch.Tensor, ...]:
+    """``kv_indptr``, page indices and ``last_page_len`` of groups that begin at a page."""
+    counts = [-(-len(kv) // page_size) for kv in groups]
+    pages = [kv[0] // page_size + i for kv, n in zip(groups, counts, strict=True) for i in range(n)]
+    last = [len(kv) - (n - 1) * page_size if n else 1 for kv, n in zip(groups, counts, strict=True)]
+    return (
+        indptr(counts),
+        torch.tensor(pages, dtype=torch.int32),
+        torch.tensor(last, dtype=torch.int32),
+    )
+
+
+##### The kernel, and FlashInfer's wrapper around it for the path
+
+
+def tokens_of(
+    cache: torch.Tensor, indices: torch.Tensor, start: int, stop: int, last: int
+) -> torch.Tensor:
+    """(kv_len, kv_heads, head_dim) of a group of pages."""
+    size = cache.shape[1]
+    kv_len = (stop - start - 1) * size + last if stop > start else 0
+    return cache[indices[start:stop].long()].reshape(-1, *cache.shape[2:])[:kv_len]
+
+
+class Module:
+    """What FlashInfer's kernel does in its mode without split KV, block by block."""
+
+    def paged_run(
+        self,
+        _space: Any,
+        ints: torch.Tensor,
+        plan: list[int],
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        mask: int,
+        layout: int,
+        window: int,
+        _pdl: bool,
+        inv_temperature: torch.Tensor,
+        logits_scale: float,
+    ) -> None:
+        assert (len(plan), mask, layout, window) == (15, 0, 0, -1)
+        assert lse.shape == q.shape[:2] and out.shape == q.shape
+        blocks, _, _, tile, group_at, tile_at, kv_tile_at, _, start_at, chunk_at = plan[:10]
+        assert plan[10:] == [0] * 5
+
+        def ints_at(offset: int) -> torch.Tensor:
+            assert offset % 4 == 0
+            return ints[offset // 4 :]
+
+        assert int(ints_at(chunk_at)[0]) > 0 and not ints_at(kv_tile_at)[:blocks].any()
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        size = q.shape[1] // keys.shape[2]
+        for block in range(blocks):
+            group, which = int(ints_at(group_at)[block]), int(ints_at(tile_at)[block])
+            first, stop = qo_indptr[group].item(), qo_indptr[group + 1].item()
+            kv = kv_indptr[group].item(), kv_indptr[group + 1].item()
+            taken = [
+                tokens_of(cache, indices, *kv, int(last_page_len[group]))
+                for cache in (keys, values)
+            ]
+            scale = logits_scale * float(inv_temperature[group])
+            v, s = attention_state(q[first:stop], *taken, scale, causal=False)
+            place = int(ints_at(start_at)[group])
+            for packed in range(which * tile, min((which + 1) * tile, (stop - first) * size)):
+                row, heads = packed // size, slice(packed % size, None, size)
+                assert lse[place + row, heads].isnan().all(), "a state is written twice"
+                out[place + row, heads] = v[row, heads].to(out.dtype)
+                lse[place + row, heads] = s[row, heads]
+
+
+class Path:
+    """FlashInfer's wrapper for a causal level; in a graph, it copies the indices it is given."""
+
+    def __init__(self, indices: torch.Tensor | None = None) -> None:
+        self.indices = indices
+
+    def plan(self, **arguments: Any) -> None:
+        self.given = arguments
+        assert arguments["causal"]
+        if self.indices is not None:
+            given = arguments["paged_kv_indices"]
+            self.indices[: len(given)] = given
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: Any,
+        inv_temperature: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = self.given
+        assert bool((inv_temperature == 1).all())
+        kv_indptr = given["paged_kv_indptr"].tolist()
+        for i, (start, stop) in enumerate(pairwise(given["qo_indptr"].tolist())):
+            last = int(given["paged_kv_last_page_len"][i])
+            at = given["paged_kv_indices"], kv_indptr[i], kv_indptr[i + 1], last
+            taken = [tokens_of(cache, *at) for cache in kv]
+            out[start:stop], lse[start:stop] = attention_state(q[start:stop], *taken, scale, True)
+        return out, lse
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    def merge(*given: Any) -> None:
+        *states, out, lse, v_scale = given
+        v, s = reference.merge_states_scaled(*states)
+        out.copy_(v * v_scale)
+        if lse is not None:
+            lse.copy_(s)
+
+    def gather(source: Any, rows: Any, count: Any, out: Any) -> None:
+        out[: int(count)] = source[rows[: int(count)].long()]
+
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(cascade, "temperature_module", lambda key: Module())
+        patch.setattr(cascade, "launch_merge_states", merge)
+        patch.setattr(cascade.ApeCascadeAttentionWrapper, "_wrapper", lambda self, space: Path())
+        patch.setattr(rectangles, "gather_rows", gather)
+        patch.setattr(rectangles, "blocks_at_once", lambda device, heads: SLOTS)
+        patch.setattr(rectangles, "device_support_pdl", lambda device: False)
+        yield
+
+
+def plan_of(problem: Problem) -> dict[str, Any]:
+    groups = problem.rectangles
+    first = pages_of([rectangle.kv for rectangle in groups], problem.page_size)
+    second = pages_of(problem.paths, problem.page_size)
+    rows = [row for rectangle in groups for row in rectangle.rows]
+    return dict(
+        qo_indptr_arr=[indptr([len(r.rows) for r in groups]), indptr([1] * len(problem.paths))],
+        paged_kv_indptr_arr=[first[0], second[0]],
+        paged_kv_indices=[first[1], second[1]],
+        paged_kv_last_page_len=[first[2], second[2]],
+        num_qo_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        page_size=problem.page_size,
+        temperature=problem.temperature,
+        scale=problem.scale,
+        q_data_type=torch.float32,
+        contexts_rows=torch.tensor(rows, dtype=torch.int32),
+    )
+
+
+def inputs_of(problem: Problem) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    last = max(max(path) for path in problem.paths)
+    pages = last // problem.page_size + 1
+    shape = (pages, problem.page_size, KV_HEADS, HEAD_DIM)
+    keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
+    q = torch.randn(len(problem.paths), HEADS, HEAD_DIM, generator=generator)
+    return q, (keys, values)
+
+
+def formula(
+    problem: Problem, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row by row and head by head, in float64: one softmax over all of a row's contexts with 1/T,
+    one over its path, weighed by softmax([S T L_contexts, L_path]). Natural logarithms.
+    """
+    keys, values = (cache.reshape(-1, KV_HEADS, HEAD_DIM).double() for cache in kv)
+    out, lse = torch.zeros_like(q, dtype=torch.float64), torch.zeros(q.shape[:2]).double()
+    for row, path in enumerate(problem.paths):
+        contexts = [t for r in problem.rectangles if row in r.rows for t in r.kv]
+        t, s = problem.temperature[row], problem.scale[row]
+        for head in range(HEADS):
+            own = head // (HEADS // KV_HEADS)
+            logits = keys[:, own] @ q[row, head].double() / math.sqrt(HEAD_DIM)
+            parts = [(logits[path].logsumexp(0), logits[path].softmax(0) @ values[path, own])]
+            if contexts:
+                cold = logits[contexts] / t
+                parts.append((s * t * cold.logsumexp(0), cold.softmax(0) @ values[contexts, own]))
+            logs = torch.stack([log for log, _ in parts])
+            shares = logs.softmax(0)
+            out[row, head] = sum(w * v for w, (_, v) in zip(shares, parts, strict=True))
+            lse[row, head] = logs.logsumexp(0)
+    return out, lse
+
+
+def check(wrapper: cascade.ApeCascadeAttentionWrapper, problem: Problem, **plan: Any) -> None:
+    q, kv = inputs_of(problem)
+    wrapper.plan(**{**plan_of(problem), **plan})
+    out, lse = wrapper.run(q, kv, return_lse=True)
+    expected, expected_lse = formula(problem, q, kv)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse.double() * math.log(2), expected_lse, rtol=1e-4, atol=1e-4)
+
+
+@slow
+@given(problem=problems())
+def test_rectangles_equal_the_formula(problem: Problem) -> None:
+    check(cascade.ApeCascadeAttentionWrapper(torch.empty(16, dtype=torch.uint8)), problem)
+
+
+@slow
+@given(found=st.lists(problems(), min_size=1, max_size=3), rows=st.integers(1, 7))
+def test_a_captured_launch_follows_every_plan(found: list[Problem], rows: int) -> None:
+    """Same buffers and lists of the same lengths for whatever comes."""
+    wrapper = graph_wrapper(rows)
+    seen = set()
+    for problem in found:
+        check(wrapper, of_rows(problem, rows))
+        launch = wrapper._rectangles
+        assert launch is not None and launch._buffer is not None
+        seen.add((tuple(launch._plan_info), launch._buffer.data_ptr(), len(launch._buffer)))
+    assert len(seen) == 1
+
+
+def graph_wrapper(rows: int) -> cascade.ApeCascadeAttentionWrapper:
+    wrapper = cascade.ApeCascadeAttentionWrapper(
+        torch.empty(1 << 20, dtype=torch.uint8),
+        use_cuda_graph=True,
+        batch_size=rows,
+        paged_kv_indices_buffer=torch.zeros(4096, dtype=torch.int32),
+        rectangles=True,
+    )
+    assert wrapper._graph is not None
+    wrapper._levels = [Path(), Path(wrapper._graph.indices)]  # there are no streams here
+    wrapper._key = cascade.variant.ModuleKey(torch.float32, torch.float32, HEAD_DIM)
+    wrapper._module = Module()
+    return wrapper
+
+
+def of_rows(problem: Problem, rows: int) -> Problem:
+    """The problem cut or filled up to so many rows; the rows added have no contexts."""
+    found = [r._replace(rows=[row for row in r.rows if row < rows]) for r in problem.rectangles]
+    more = rows - len(problem.paths)
+    return Problem(
+        found,
+        (problem.paths + [problem.paths[0]] * more)[:rows],
+        (problem.temperature + [1.0] * more)[:rows],
+        (problem.scale + [1.0] * more)[:rows],
+        problem.page_size,
+    )
+
+
+PROBLEM = Problem(
+    [Rectangle([0, 2], list(range(200))), Rectangle([2, 1, 0], list(range(200, 230)))],
+    [[240], [241, 242], [243]],
+    [0.8] * 3,
+    [0.9, 0.5, 0.0],
+    1,
+)
+
+
+def test_the_same_rows_again_plan_the_path_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = graph_wrapper(3)
+    rows = plan_of(PROBLEM)["contexts_rows"]
+    check(wrapper, PROBLEM, contexts_rows=rows)
+    planned: list[None] = []
+    monkeypatch.setattr(rectangles, "make_work_list", lambda *_: planned.append(None))
+    longer = PROBLEM._replace(paths=[[240, 244], [241, 242], [243, 245]])
+    # Pages of the paths come in order: what was one page longer lies behind.
+    longer = longer._replace(paths=[[240, 241], [242, 243], [244, 245]])
+    check(wrapper, longer, contexts_rows=rows)
+    assert not planned
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contexts_rows": torch.tensor([0, 2, 2, 1, 3], dtype=torch.int32)}, "0 to 2"),
+        ({"contexts_rows": torch.tensor([0, 2, 2, 1, 0])}, "int32"),
+        ({"contexts_rows": torch.tensor([0, 2], dtype=torch.int32)}, r"\(5,\)"),
+        ({"temperature": [0.8, 0.8, 0.7]}, "rows of one group"),
+        ({"temperature": [0.8, 0.8]}, "1 or 3"),
+        ({"contexts_rows": None}, "cover 5 and 3 rows"),
+    ],
+)
+def test_a_plan_of_rows_that_does_not_fit_says_what_is_wrong(
+    changes: dict[str, Any], message: str
+) -> None:
+    wrapper = cascade.ApeCascadeAttentionWrapper(torch.empty(16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=message):
+        wrapper.plan(**{**plan_of(PROBLEM), **changes})
+
+
+def test_a_graph_takes_the_kind_of_plan_that_it_was_captured_with() -> None:
+    wrapper = graph_wrapper(3)
+    one_each = {"qo_indptr_arr": [torch.arange(4, dtype=torch.int32)] * 2}
+    kv = plan_of(PROBLEM)["paged_kv_indptr_arr"][1]
+    last = torch.ones(3, dtype=torch.int32)
+    changes = {**one_each, "paged_kv_indptr_arr": [kv, kv], "paged_kv_last_page_len": [last, last]}
+    with pytest.raises(ValueError, match="contexts_rows"):
+        wrapper.plan(**{**plan_of(PROBLEM), **changes, "contexts_rows": None})
+
+
+##### The lists
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[Groups, Shape, int]:
+    rows = draw(st.integers(1, 40))
+    page_size = draw(st.sampled_from([1, 16]))
+    members, pages = [], []
+    for _ in range(draw(st.integers(0, 6))):
+        members.append(draw(st.lists(st.integers(0, rows - 1), unique=True, max_size=rows)))
+        pages.append(draw(st.sampled_from([0, 1, 63, 64, 65, 1000, 33_000])))
+    last = draw(st.lists(st.integers(1, page_size), min_size=len(pages), max_size=len(pages)))
+    shape = Shape(rows, draw(st.sampled_from([1, 4, 7])), page_size, draw(st.integers(1, 33)))
+    made = Groups(
+        indptr([len(m) for m in members]).numpy(),
+        np.array([row for m in members for row in m], np.int32),
+        indptr(pages).numpy(),
+        np.array(last, np.int32),
+    )
+    return made, shape, draw(st.sampled_from(worklist.TILES))
+
+
+@slow
+@given(given=groups())
+def test_items_cover_every_pair_of_packed_row_and_page_once(
+    given: tuple[Groups, Shape, int],
+) -> None:
+    made, shape, tile = given
+    work = make_work_list(made, shape, tile)
+    states: dict[int, set[tuple[int, int, int]]] = {i: set() for i in range(work.states)}
+    covered: set[tuple[int, int]] = set()  # (packed row, first page) of chunks
+    read = np.zeros(len(made.rows), int)
+    for group, which in zip(work.item_group.tolist(), work.item_tile.tolist(), strict=True):
+        first, stop = work.qo_indptr[group], work.qo_indptr[group + 1]
+        start, end = work.kv_indptr[group], work.kv_indptr[group + 1]
+        assert start < end and first < stop and group % 2 == 0
+        whole = work.rectangle[group]
+        assert made.kv_indptr[whole] <= start and end <= made.kv_indptr[whole + 1]
+        is_last = end == made.kv_indptr[whole + 1]
+        assert work.last_page_len[group] == (
+            made.last_page_len[whole] if is_last else shape.page_size
+        )
+        packed = range(which * tile, min((which + 1) * tile, (stop - first) * shape.group_size))
+        assert len(packed) > 0
+        for p in packed:
+            pair = first * shape.group_size + p, int(start)
+            assert pair not in covered
+            covered.add(pair)
+            state = work.state_start[group] + p // shape.group_size
+            states[state].add((int(first) + p // shape.group_size, int(start), int(end)))
+        if which == 0:
+            read[first:stop] += end - start
+    for group, (first, stop) in enumerate(pairwise(made.qo_indptr.tolist())):
+        pages = made.kv_indptr[group + 1] - made.kv_indptr[group]
+        assert (read[first:stop] == pages).all()
+    lists = [work.state_index[a:b].tolist() for a, b in pairwise(work.state_indptr.tolist())]
+    assert sorted(state for own in lists for state in own) == list(range(work.states))
+    for row, own in enumerate(lists):
+        for state in own:
+            ((place, _, _),) = states[state]
+            assert made.rows[place] == row
+
+
+@slow
+@given(given=groups())
+def test_a_captured_launch_fits_or_says_that_it_does_not(given: tuple[Groups, Shape, int]) -> None:
+    made, shape, tile = given
+    sizes = WorkSizes(tile, 4 * shape.slots + shape.rows, 200)
+    lens, pages = np.diff(made.qo_indptr), np.diff(made.kv_indptr)
+    live = (lens > 0) & (pages > 0)
+    needed = int((-(-lens * shape.group_size // tile))[live].sum()), int(lens[live].sum())
+    fits = needed[0] <= sizes.items and needed[1] <= sizes.states and len(made.rows) <= 200
+    if fits:
+        work = make_work_list(made, shape, tile, sizes).padded(sizes)
+        assert len(work.item_group) == sizes.items
+        assert len(work.state_index) == len(work.query_row) == sizes.states
+        assert len(work.qo_indptr) == len(work.rectangle) == 2 * sizes.items + 2
+    else:
+        with pytest.raises(ValueError, match="fit"):
+            make_work_list(made, shape, tile, sizes).padded(sizes)
+
+
+def test_long_contexts_of_many_rows_fill_the_gpu_once() -> None:
+    """32 requests over 32K tokens on an H100: one tile, 33 chunks side by side."""
+    made = Groups(
+        np.array([0, 32], np.int32),
+        np.arange(32, dtype=np.int32),
+        np.array([0, 32768], np.int32),
+        np.ones(1, np.int32),
+    )
+    work = make_work_list(made, Shape(32, 4, 1, 33), 128)
+    assert 30 <= len(work.item_group) <= 33
+    lengths = np.diff(work.kv_indptr)[work.item_group]
+    assert lengths[0] == lengths.max() and lengths[-1] == lengths.min()
+
+
+@pytest.mark.parametrize(
+    ("packed", "head_dim", "tile"),
+    [(1, 128, 16), (16, 128, 16), (17, 128, 64), (64, 64, 64), (900, 128, 128), (65, 256, 64)],
+)
+def test_the_tile_is_the_smallest_that_holds_the_rows(
+    packed: int, head_dim: int, tile: int
+) -> None:
+    assert worklist.smallest_tile(packed, head_dim) == tile
