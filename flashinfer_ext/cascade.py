@@ -78,6 +78,7 @@ class ApeCascadeAttentionWrapper:
         self._levels: list[BatchPrefillWithPagedKVCacheWrapper] = []
         self._side: torch.cuda.Stream | None = None
         self._rectangles: RectangleLaunch | None = None
+        self._rectangles_for: dict[str, Any] = {}
         self._contexts_rows: torch.Tensor | None = None  # None: no virtual rows
 
     def plan(
@@ -283,8 +284,10 @@ class ApeCascadeAttentionWrapper:
         if self._module is None:
             raise RuntimeError("contexts_rows needs the attention module of flashinfer_ext")
         self._make_levels()
-        if self._rectangles is None:
-            self._rectangles = self._make_rectangles()
+        arguments = self._plan_arguments
+        if self._rectangles is None or arguments != self._rectangles_for:
+            self._rectangles, self._rectangles_for = self._make_rectangles(), arguments
+            self._contexts_rows = None
         paths = len(qo[PATH]) - 1
         if _same_memory(contexts_rows, self._contexts_rows) and (
             self._rows == len(self._exponents) and paths == len(self._no_temperature)

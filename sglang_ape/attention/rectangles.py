@@ -1,0 +1,369 @@
+"""Covers of a decode batch by rectangles: groups of requests over contexts that all of them read.
+
+The contexts pass has no order, so it may be cut anywhere: a set of rectangles in which every pair
+of a request and one of its contexts stands exactly once gives the same result, and reads a context
+once for all the rows of a rectangle. What is read, and what is written and merged for it, decides
+between covers (:class:`CostModel`). The design is in ``docs/cascade.md``.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from sglang_ape.spec import ApeSpec
+
+_APART_TILE = 16  # packed rows of a tile in a graph with a group for each row
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds that one layer's contexts pass takes, for one rank.
+
+    The rates were taken from one H100: memory and operations measured by a copy and by a matrix
+    product, the cache's fitted to the contexts of 32 requests read 32 times
+    (``docs/performance.md``). The costs of states, rectangles and launches are estimates.
+    """
+
+    token_bytes: int  # keys and values of one token
+    state_bytes: int  # output and log-sum-exp of one row
+    group_size: int  # query heads for each KV head: packed rows of a row
+    row_operations: int  # of a packed row over one token, in all KV heads
+    tile: int  # packed rows of a tile of the shared launch
+    memory_rate: float = 2.95e12  # bytes a second, the first time that a launch reads a token
+    cache_rate: float = 8.6e12  # any further time
+    operation_rate: float = 3.5e14  # of the attention kernel, a second
+    rectangle_seconds: float = 2e-7  # thread blocks that begin and end
+    launch_seconds: float = 3e-6  # gathering queries and merging lists, beside two launches
+
+    @classmethod
+    def of(
+        cls, num_qo_heads: int, num_kv_heads: int, head_dim: int, kv_itemsize: int, tile: int
+    ) -> CostModel:
+        """The model for one rank's heads."""
+        return cls(
+            token_bytes=2 * num_kv_heads * head_dim * kv_itemsize,
+            state_bytes=num_qo_heads * (2 * head_dim + 4),
+            group_size=num_qo_heads // num_kv_heads,
+            row_operations=4 * num_kv_heads * head_dim,
+            tile=tile,
+        )
+
+    @cached_property
+    def first(self) -> float:
+        """A tile of the shared launch over a token that comes from memory."""
+        return max(self.token_bytes / self.memory_rate, self._tile_seconds)
+
+    @cached_property
+    def again(self) -> float:
+        """The same over a token that was read before."""
+        return max(self.token_bytes / self.cache_rate, self._tile_seconds)
+
+    @cached_property
+    def state(self) -> float:
+        """A row of a rectangle: its query is copied, its state written and read."""
+        return 4 * self.state_bytes / self.cache_rate
+
+    @cached_property
+    def _tile_seconds(self) -> float:
+        return self.tile * self.row_operations / self.operation_rate
+
+    def tiles(self, rows: int, tile: int | None = None) -> int:
+        return -(-rows * self.group_size // (tile or self.tile))
+
+    def rectangle(self, rows: int, fresh: int, repeated: int) -> float:
+        """A rectangle over tokens read for the first time, and tokens read before."""
+        tiles = self.tiles(rows)
+        read = fresh * (self.first + (tiles - 1) * self.again) + repeated * tiles * self.again
+        return read + self.rectangle_seconds + rows * self.state
+
+    def apart(self, distinct: int, read: int) -> float:
+        """The launches without rectangles, which read so many tokens, some more than once."""
+        return (distinct / self.memory_rate + (read - distinct) / self.cache_rate) * (
+            self.token_bytes
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """The contexts of one request; compared by identity, so keep one for as long as it runs.
+
+    Contexts with equal keys hold the same KV and are read at the same temperature. They lie back to
+    back from column ``start`` of the request's page-table line on.
+    """
+
+    keys: tuple[Hashable, ...]  # each once
+    lengths: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, spec: ApeSpec, contexts: Sequence[Hashable] | None, whole: Hashable) -> Reader:
+        """The reader of a request.
+
+        Args:
+            spec: its segments, and T.
+            contexts: what tells apart the KV of each context, in row order; None if unknown.
+            whole: what tells apart all of them together, T and S included.
+        """
+        if contexts is None:
+            return cls((whole,), (sum(spec.context_lens),), spec.prefix_len)
+        # A context that is given twice counts twice.
+        seen: dict[Hashable, int] = {}
+        keys = []
+        for context in contexts:
+            occurrence = seen[context] = seen.get(context, -1) + 1
+            keys.append((spec.temperature, context, occurrence))
+        return cls(tuple(keys), spec.context_lens, spec.prefix_len)
+
+    @cached_property
+    def whole(self) -> frozenset[Hashable]:
+        return frozenset(self.keys)
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def place(self) -> dict[Hashable, int]:
+        return {key: i for i, key in enumerate(self.keys)}
+
+    def runs(self, keys: Iterable[Hashable]) -> list[tuple[int, int]]:
+        """Columns ``(start, length)`` of these contexts, neighbours as one run."""
+        places = sorted([self.place[key] for key in keys])
+        runs: list[tuple[int, int]] = []
+        for place in places:
+            start, length = self._starts[place], self.lengths[place]
+            if runs and sum(runs[-1]) == start:
+                start, length = runs[-1][0], runs.pop()[1] + length
+            runs.append((start, length))
+        return runs
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [self.start, *(np.cumsum(self.lengths[:-1]) + self.start).tolist()]
+
+
+class Cover(NamedTuple):
+    """Rectangles over a batch; int32 arrays. Rows are indices of the batch.
+
+    Segments are runs of page-table columns; those of a rectangle stand one after the other.
+    """
+
+    qo_indptr: np.ndarray  # (rectangles + 1,) into ``rows``
+    rows: np.ndarray  # (virtual rows,) ascending within a rectangle
+    kv_indptr: np.ndarray  # (rectangles + 1,) tokens
+    segment_row: np.ndarray  # (segments,) whose line of the page table
+    segment_start: np.ndarray  # (segments,) first column
+    segment_length: np.ndarray  # (segments,)
+    seconds: float  # of one layer, by the model
+    seconds_apart: float  # the same without rectangles
+
+
+@dataclass
+class _Class:
+    """Contexts that the same requests read."""
+
+    keys: dict[Hashable, int] = field(default_factory=dict)  # the tokens of each
+    tokens: int = 0
+
+
+class Planner:
+    """Follows the requests of a decode batch and finds a cover for them.
+
+    Args:
+        costs: decides between covers.
+        items: tiles of rows, over all rectangles, that a launch has room for.
+        states: virtual rows that it has room for.
+    """
+
+    def __init__(self, costs: CostModel, items: int, states: int) -> None:
+        self.costs = costs
+        self._items = items
+        self._states = states
+        self._slots: dict[Reader, int] = {}  # the bit of each in a set of members
+        self._free: list[int] = []
+        self._members: dict[Hashable, int] = {}  # of each context
+        self._classes: dict[int, _Class] = {}  # by members
+        self._sets: dict[frozenset[Hashable], int] = {}  # how many requests read just these
+        self._batch: list[Reader | None] = []
+        self._cover: Cover | None = None
+
+    def add(self, reader: Reader) -> None:
+        """A request starts."""
+        slot = heapq.heappop(self._free) if self._free else len(self._slots)
+        self._slots[reader] = slot
+        self._sets[reader.whole] = self._sets.get(reader.whole, 0) + 1
+        for key, length in zip(reader.keys, reader.lengths, strict=True):
+            self._move(key, length, self._members.get(key, 0) | 1 << slot)
+
+    def remove(self, reader: Reader) -> None:
+        """A request ends."""
+        slot = self._slots.pop(reader)
+        heapq.heappush(self._free, slot)
+        self._sets[reader.whole] -= 1
+        if self._sets[reader.whole] == 0:
+            del self._sets[reader.whole]
+        for key, length in zip(reader.keys, reader.lengths, strict=True):
+            self._move(key, length, self._members[key] & ~(1 << slot))
+
+    def follow(self, batch: Sequence[Reader | None]) -> Cover | None:
+        """The cover of a batch; None in it are rows without contexts.
+
+        Returns:
+            None where the launches without rectangles are at least as good, or where the
+            rectangles do not fit. The very same cover as long as the batch is the same.
+        """
+        if len(batch) == len(self._batch) and all(
+            a is b for a, b in zip(batch, self._batch, strict=True)
+        ):
+            return self._cover
+        now = {reader: None for reader in batch if reader is not None}
+        for reader in [reader for reader in self._slots if reader not in now]:
+            self.remove(reader)
+        for reader in now:
+            if reader not in self._slots:
+                self.add(reader)
+        self._batch = list(batch)
+        self._cover = self._find()
+        return self._cover
+
+    def _move(self, key: Hashable, length: int, members: int) -> None:
+        before = self._members.get(key, 0)
+        if before:
+            old = self._classes[before]
+            del old.keys[key]
+            old.tokens -= length
+            if not old.keys:
+                del self._classes[before]
+        if not members:
+            del self._members[key]
+            return
+        self._members[key] = members
+        new = self._classes.get(members)
+        if new is None:
+            new = self._classes[members] = _Class()
+        new.keys[key] = length
+        new.tokens += length
+
+    def _find(self) -> Cover | None:
+        if len(self._slots) < 2 or self._sharing_is_hopeless():
+            return None
+        apart = self._seconds_apart()
+        rectangles = self._dissolved()
+        seconds = self._seconds(rectangles)
+        if seconds >= apart or not self._fits(rectangles):
+            return None
+        return self._emit(rectangles, seconds, apart)
+
+    def _sharing_is_hopeless(self) -> bool:
+        """Each distinct token read once, and nothing more, costs no less than the launches do."""
+        distinct = sum(found.tokens for found in self._classes.values())
+        bound = self.costs.launch_seconds + distinct * self.costs.first
+        return bound >= self._seconds_apart()
+
+    def _seconds_apart(self) -> float:
+        """Equal sets count as neighbours, which they need not be: sharing must beat even that."""
+        tokens = {reader.whole: reader.tokens for reader in self._slots}
+        read = sum(
+            tokens[keys] * self.costs.tiles(count, _APART_TILE)
+            for keys, count in self._sets.items()
+        )
+        return self.costs.apart(sum(c.tokens for c in self._classes.values()), read)
+
+    def _dissolved(self) -> dict[int, list[int]]:
+        """For the members of each rectangle those of the classes whose contexts it holds."""
+        found = {members: [members] for members in self._classes}
+        for members, own in sorted(self._classes.items(), key=lambda c: (c[1].tokens, c[0])):
+            rows = members.bit_count()
+            if rows == 1 or len(found[members]) > 1:
+                continue
+            saved = self.costs.rectangle(rows, own.tokens, 0)
+            least = own.tokens * (self.costs.first + self.costs.again)
+            if least >= saved:  # two pieces at least
+                continue
+            pieces = self._pieces(members, found)
+            if self._cost_of(pieces, own.tokens, found) < saved:
+                del found[members]
+                for piece in pieces:
+                    found.setdefault(piece, []).append(members)
+        return found
+
+    def _pieces(self, members: int, found: dict[int, list[int]]) -> list[int]:
+        """Members of other rectangles, largest first, that make up these; then single rows."""
+        pieces, left = [], members
+        inside = [m for m in found if m & ~members == 0 and m != members]
+        for piece in sorted(inside, key=lambda m: (-m.bit_count(), m)):
+            if piece & ~left == 0:
+                pieces.append(piece)
+                left &= ~piece
+        while left:
+            bit = left & -left
+            pieces.append(bit)
+            left &= ~bit
+        return pieces
+
+    def _cost_of(self, pieces: list[int], tokens: int, found: dict[int, list[int]]) -> float:
+        """Reading more tokens in these rectangles, new ones among them."""
+        costs, seconds, fresh = self.costs, 0.0, tokens
+        for piece in pieces:
+            rows = piece.bit_count()
+            seconds += costs.rectangle(rows, fresh, tokens - fresh)
+            if piece in found:
+                seconds -= costs.rectangle(rows, 0, 0)
+            fresh = 0
+        return seconds
+
+    def _seconds(self, rectangles: dict[int, list[int]]) -> float:
+        read: set[int] = set()
+        seconds = self.costs.launch_seconds
+        for members, classes in rectangles.items():
+            fresh = sum(self._classes[c].tokens for c in classes if c not in read)
+            repeated = sum(self._classes[c].tokens for c in classes if c in read)
+            read.update(classes)
+            seconds += self.costs.rectangle(members.bit_count(), fresh, repeated)
+        return seconds
+
+    def _fits(self, rectangles: dict[int, list[int]]) -> bool:
+        rows = [members.bit_count() for members in rectangles]
+        return sum(rows) <= self._states and sum(map(self.costs.tiles, rows)) <= self._items
+
+    def _emit(self, rectangles: dict[int, list[int]], seconds: float, apart: float) -> Cover:
+        row_of_slot = np.zeros(max(self._slots.values()) + 1, np.int64)
+        for row, reader in enumerate(self._batch):
+            if reader is not None:
+                row_of_slot[self._slots[reader]] = row
+        rows, lens, kv_lens, segments = [], [], [], []
+        for members, classes in rectangles.items():
+            own = np.sort(row_of_slot[_bits(members)])
+            leader = self._batch[int(own[0])]
+            assert leader is not None
+            runs = leader.runs(key for c in classes for key in self._classes[c].keys)
+            rows.append(own)
+            lens.append(len(own))
+            kv_lens.append(sum(length for _, length in runs))
+            segments += [(int(own[0]), *run) for run in runs]
+        row, start, length = np.ascontiguousarray(np.array(segments, np.int32).T)
+        return Cover(
+            _indptr(lens),
+            np.concatenate(rows).astype(np.int32),
+            _indptr(kv_lens),
+            row,
+            start,
+            length,
+            seconds,
+            apart,
+        )
+
+
+def _bits(members: int) -> np.ndarray:
+    raw = members.to_bytes((members.bit_length() + 7) // 8, "little")
+    return np.flatnonzero(np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little"))
+
+
+def _indptr(lengths: list[int]) -> np.ndarray:
+    return np.append(0, np.cumsum(lengths)).astype(np.int32)
