@@ -172,6 +172,14 @@ class _Class:
     tokens: int = 0
 
 
+@dataclass
+class _Set:
+    """A whole set of contexts."""
+
+    tokens: int
+    requests: int = 0  # that read just these
+
+
 class Planner:
     """Follows the requests of a decode batch and finds a cover for them.
 
@@ -189,7 +197,7 @@ class Planner:
         self._free: list[int] = []
         self._members: dict[Hashable, int] = {}  # of each context
         self._classes: dict[int, _Class] = {}  # by members
-        self._sets: dict[frozenset[Hashable], int] = {}  # how many requests read just these
+        self._sets: dict[frozenset[Hashable], _Set] = {}
         self._batch: list[Reader | None] = []
         self._cover: Cover | None = None
 
@@ -197,7 +205,7 @@ class Planner:
         """A request starts."""
         slot = heapq.heappop(self._free) if self._free else len(self._slots)
         self._slots[reader] = slot
-        self._sets[reader.whole] = self._sets.get(reader.whole, 0) + 1
+        self._sets.setdefault(reader.whole, _Set(reader.tokens)).requests += 1
         for key, length in zip(reader.keys, reader.lengths, strict=True):
             self._move(key, length, self._members.get(key, 0) | 1 << slot)
 
@@ -205,8 +213,9 @@ class Planner:
         """A request ends."""
         slot = self._slots.pop(reader)
         heapq.heappush(self._free, slot)
-        self._sets[reader.whole] -= 1
-        if self._sets[reader.whole] == 0:
+        found = self._sets[reader.whole]
+        found.requests -= 1
+        if found.requests == 0:
             del self._sets[reader.whole]
         for key, length in zip(reader.keys, reader.lengths, strict=True):
             self._move(key, length, self._members[key] & ~(1 << slot))
@@ -268,10 +277,9 @@ class Planner:
 
     def _seconds_apart(self) -> float:
         """Equal sets count as neighbours, which they need not be: sharing must beat even that."""
-        tokens = {reader.whole: reader.tokens for reader in self._slots}
         read = sum(
-            tokens[keys] * self.costs.tiles(count, _APART_TILE)
-            for keys, count in self._sets.items()
+            found.tokens * self.costs.tiles(found.requests, _APART_TILE)
+            for found in self._sets.values()
         )
         return self.costs.apart(sum(c.tokens for c in self._classes.values()), read)
 
@@ -282,12 +290,11 @@ class Planner:
             rows = members.bit_count()
             if rows == 1 or len(found[members]) > 1:
                 continue
-            saved = self.costs.rectangle(rows, own.tokens, 0)
-            least = own.tokens * (self.costs.first + self.costs.again)
-            if least >= saved:  # two pieces at least
-                continue
+            if own.tokens * self.costs.again >= self.costs.rectangle(rows, 0, 0):
+                continue  # even one tile more would cost what the rectangle does
             pieces = self._pieces(members, found)
-            if self._cost_of(pieces, own.tokens, found) < saved:
+            whole = self.costs.rectangle(rows, own.tokens, 0)
+            if self._cost_of(pieces, own.tokens, found) < whole:
                 del found[members]
                 for piece in pieces:
                     found.setdefault(piece, []).append(members)
@@ -333,37 +340,34 @@ class Planner:
         return sum(rows) <= self._states and sum(map(self.costs.tiles, rows)) <= self._items
 
     def _emit(self, rectangles: dict[int, list[int]], seconds: float, apart: float) -> Cover:
-        row_of_slot = np.zeros(max(self._slots.values()) + 1, np.int64)
-        for row, reader in enumerate(self._batch):
-            if reader is not None:
-                row_of_slot[self._slots[reader]] = row
-        rows, lens, kv_lens, segments = [], [], [], []
-        for members, classes in rectangles.items():
-            own = np.sort(row_of_slot[_bits(members)])
-            leader = self._batch[int(own[0])]
+        rows = [row for row, reader in enumerate(self._batch) if reader is not None]
+        slots = [self._slots[reader] for reader in self._batch if reader is not None]
+        is_member = _bits(list(rectangles), len(self._slots) + len(self._free))[:, slots]
+        which, column = np.nonzero(is_member)
+        lens = np.bincount(which, minlength=len(rectangles))
+        virtual = np.array(rows, np.int32)[column]
+        kv_lens, segments = [], []
+        for first, classes in zip(np.cumsum(lens) - lens, rectangles.values(), strict=True):
+            row = int(virtual[first])
+            leader = self._batch[row]
             assert leader is not None
             runs = leader.runs(key for c in classes for key in self._classes[c].keys)
-            rows.append(own)
-            lens.append(len(own))
             kv_lens.append(sum(length for _, length in runs))
-            segments += [(int(own[0]), *run) for run in runs]
-        row, start, length = np.ascontiguousarray(np.array(segments, np.int32).T)
+            segments += [(row, *run) for run in runs]
+        segment_row, start, length = np.ascontiguousarray(np.array(segments, np.int32).T)
         return Cover(
-            _indptr(lens),
-            np.concatenate(rows).astype(np.int32),
-            _indptr(kv_lens),
-            row,
-            start,
-            length,
-            seconds,
-            apart,
+            _indptr(lens), virtual, _indptr(kv_lens), segment_row, start, length, seconds, apart
         )
 
 
-def _bits(members: int) -> np.ndarray:
-    raw = members.to_bytes((members.bit_length() + 7) // 8, "little")
-    return np.flatnonzero(np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little"))
+def _bits(masks: list[int], width: int) -> np.ndarray:
+    """(masks, at least ``width``) of 0 and 1, the lowest bit first."""
+    size = width // 8 + 1
+    raw = b"".join([mask.to_bytes(size, "little") for mask in masks])
+    return np.unpackbits(
+        np.frombuffer(raw, np.uint8).reshape(len(masks), size), axis=1, bitorder="little"
+    )
 
 
-def _indptr(lengths: list[int]) -> np.ndarray:
+def _indptr(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.append(0, np.cumsum(lengths)).astype(np.int32)
