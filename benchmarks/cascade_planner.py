@@ -1,4 +1,4 @@
-"""Host time of the planner of rectangles: a step of the same batch, and one request in and out.
+"""Processor time of the planner of rectangles: a step of the same batch, and one request in and out.
 
     python -m benchmarks.cascade_planner
 
@@ -68,9 +68,9 @@ def _work_list(cover: Cover) -> None:
 
 
 def _us(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+    begin = time.process_time()
     run()
-    return (time.perf_counter() - begin) * 1e6
+    return (time.process_time() - begin) * 1e6
 
 
 def _summary(us: list[float]) -> str:
