@@ -1,4 +1,4 @@
-"""Processor time of the planner of rectangles: a step of the same batch, and one request in and out.
+"""Processor time of the planner of rectangles, while the batch stays and when it changes.
 
     python -m benchmarks.cascade_planner
 

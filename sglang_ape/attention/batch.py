@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sglang_ape.attention.rectangles import Reader
+from sglang_ape.cache.tree import Handle
 from sglang_ape.request import spec_of
 from sglang_ape.spec import ApeSpec
 
@@ -23,6 +25,7 @@ class ApeBatch(NamedTuple):
     specs: Sequence[ApeSpec | None]  # None: a plain request
     # Equal for requests whose contexts hold the same KV and are read with the same T and S.
     context_sets: Sequence[Hashable | None]
+    readers: Sequence[Reader | None] = ()  # of a decode step; the same objects at every step
 
 
 _rids: list[str] = []
@@ -81,6 +84,23 @@ def positions_of(
     )
 
 
+def reader_of(req: Any, spec: ApeSpec, whole: Hashable) -> Reader:
+    """The contexts of a running request by their nodes in the tree; kept on the request.
+
+    A node stands for its whole path, and so for the adapter, the tenant, P and the context. Where
+    the tree does not hold all contexts to their ends yet, or there is no tree, only the whole set
+    has a name, ``whole``.
+    """
+    handle = req.last_node
+    kept: tuple[Any, ApeSpec, Reader] | None = getattr(req, "ape_reader", None)
+    if kept is not None and kept[0] is handle and kept[1] is spec:
+        return kept[2]
+    stored = isinstance(handle, Handle) and req.cache_protected_len >= spec.context_end
+    reader = Reader.of(spec, handle.contexts if stored else None, whole)
+    req.ape_reader = (handle, spec, reader)
+    return reader
+
+
 def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **_: Any) -> None:
     """AFTER hook on ``ForwardBatch.init_new``: give APE rows their positions."""
     if not model_runner.server_args.enable_ape:
@@ -94,7 +114,13 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
         (req.extra_key, spec.namespace) if spec else None
         for req, spec in zip(batch.reqs, specs, strict=True)
     ]
-    begin_batch([req.rid for req in batch.reqs], ApeBatch(specs, sets))
+    readers: list[Reader | None] = []
+    if forward_batch.forward_mode.is_decode():
+        readers = [
+            reader_of(req, spec, whole) if spec else None
+            for req, spec, whole in zip(batch.reqs, specs, sets, strict=True)
+        ]
+    begin_batch([req.rid for req in batch.reqs], ApeBatch(specs, sets, readers))
     positions = forward_batch.positions
     if positions is None or positions.numel() == 0:
         return

@@ -18,21 +18,27 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper, temperature_module
 from flashinfer_ext.gather import gather_kv_indices
+from flashinfer_ext.rectangles import blocks_at_once
 from flashinfer_ext.variant import ModuleKey
+from flashinfer_ext.worklist import Shape, captured_sizes, smallest_tile
 from sglang_ape.attention.batch import ApeBatch, ape_batch, ape_batch_of_size
-from sglang_ape.attention.levels import Levels, decode_levels, extend_levels
+from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
+from sglang_ape.attention.rectangles import EMPTY_COVER, CostModel, Cover, Planner
 from sglang_ape.spec import ApeSpec
 
 logger = logging.getLogger(__name__)
 
 GRAPH_VARIANT = "ape"
+SHARED_VARIANT = "ape-shared"
 
 
 class ApeFlashInferBackend(FlashInferAttnBackend):
     """Batches without an APE request take the stock code and the stock CUDA graphs.
 
     In a batch with one, all rows go through the cascade; plain rows are rows without contexts.
-    Decode steps are captured a second time for such batches, under graph keys of their own.
+    Decode steps are captured twice more for such batches, under graph keys of their own: with a
+    group of contexts for each row or run of rows, and with rectangles, where requests share the
+    reading of contexts and that pays.
     """
 
     def __init__(self, model_runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -47,10 +53,12 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             kv_data_type=stock.data_type,
         )
         self._eager = ApeCascadeAttentionWrapper(self.workspace_buffer)
-        self._graphs: dict[int, ApeCascadeAttentionWrapper] = {}
-        self._capturing = False
+        self._graphs: dict[tuple[int, bool], ApeCascadeAttentionWrapper] = {}  # rows, rectangles
+        self._capturing: str | None = None  # the variant
         self._active: ApeCascadeAttentionWrapper | None = None  # None: the stock code's turn
+        self._planner: Planner | None = None  # None: no rectangles
         self._warm_up()
+        self._followed: tuple[ApeBatch | None, Cover | None] = (None, None)
 
     def init_cuda_graph_state(
         self, max_bs: int, max_num_tokens: int, kv_indices_buf: torch.Tensor | None = None
@@ -74,7 +82,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             return
         stops = forward_batch.seq_lens_cpu
         if forward_batch.forward_mode.is_decode():
-            levels = decode_levels(batch.specs, stops.numpy(), batch.context_sets)
+            levels = _levels(batch, stops.numpy(), self.cover_of(batch))
         else:
             starts = forward_batch.extend_prefix_lens_cpu
             levels = extend_levels(batch.specs, starts, stops.tolist())
@@ -89,15 +97,27 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         bs = forward_batch.batch_size
         indices = self.cuda_graph_kv_indices[0]
         if in_capture:
-            self._graphs[bs] = ApeCascadeAttentionWrapper(
+            cover = EMPTY_COVER if self._capturing == SHARED_VARIANT else None
+            self._graphs[bs, cover is not None] = ApeCascadeAttentionWrapper(
                 self.workspace_buffer,
                 use_cuda_graph=True,
                 batch_size=bs,
                 paged_kv_indices_buffer=indices,
+                rectangles=cover is not None,
             )
-        seq_lens = forward_batch.seq_lens_cpu[:bs].numpy()
-        levels = decode_levels(batch.specs, seq_lens, batch.context_sets)
-        self._plan(self._graphs[bs], levels, forward_batch.req_pool_indices[:bs], indices)
+        else:
+            cover = self.cover_of(ape_batch_of_size(bs - forward_batch.num_padding))
+        levels = _levels(batch, forward_batch.seq_lens_cpu[:bs].numpy(), cover)
+        wrapper = self._graphs[bs, cover is not None]
+        self._plan(wrapper, levels, forward_batch.req_pool_indices[:bs], indices)
+
+    def cover_of(self, batch: ApeBatch | None) -> Cover | None:
+        """The rectangles of a decode batch, None where it is read without any."""
+        if batch is None or self._planner is None:
+            return None
+        if batch is not self._followed[0]:
+            self._followed = batch, self._planner.follow(batch.readers)
+        return self._followed[1]
 
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
@@ -113,14 +133,24 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(self._active, q, k, v, layer, forward_batch, save_kv_cache)
 
-    def capture_twice(self, capture: Callable[[], None], capture_ape: Callable[[], None]) -> None:
-        """Capture one batch size on the stock path, then on the cascade."""
-        capture()
-        self._capturing = True
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The graphs that each batch size is captured as, beside the stock path's."""
+        return (GRAPH_VARIANT,) if self._planner is None else (GRAPH_VARIANT, SHARED_VARIANT)
+
+    def variant_of(self, batch: ApeBatch) -> str:
+        """The one that a batch replays."""
+        return GRAPH_VARIANT if self.cover_of(batch) is None else SHARED_VARIANT
+
+    def capture_all(self, capture: Callable[[str | None], None]) -> None:
+        """Capture one batch size on the stock path, then on the cascade in each of its variants."""
+        capture(None)
         try:
-            capture_ape()
+            for variant in self.variants:
+                self._capturing = variant
+                capture(variant)
         finally:
-            self._capturing = False
+            self._capturing = None
 
     def _batch_of_graph(self, forward_batch: Any, in_capture: bool) -> ApeBatch | None:
         """What the rows of a captured batch size hold, None if it is the stock path's."""
@@ -157,6 +187,9 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             [torch.ones(len(indptr) - 1, dtype=torch.int32) for indptr in levels.kv_indptr],
             temperature=torch.from_numpy(levels.temperature),
             scale=torch.from_numpy(levels.scale),
+            contexts_rows=(
+                None if levels.contexts_rows is None else torch.from_numpy(levels.contexts_rows)
+            ),
             **self._plan_arguments,
         )
         self._active = wrapper
@@ -192,21 +225,59 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         logger.info("preparing %s (compiled on first use, which takes minutes)", key.name)
         begin = time.perf_counter()
         custom = temperature_module(key) is not None
+        if custom:
+            self._planner = self._make_planner()
         spec = ApeSpec(1, (2, 2), 0.9, 0.9, "warm-up")
         line = torch.zeros(1, dtype=torch.int64, device=self.workspace_buffer.device)
         shape = (3, arguments["num_qo_heads"], arguments["head_dim"])
         q = torch.zeros(shape, dtype=arguments["q_data_type"], device=line.device)
         kv = self.token_to_kv_pool.get_kv_buffer(self.token_to_kv_pool.start_layer)
-        for levels in (
+        prepared = [
             extend_levels([spec], [4], [7]),  # a context's last row and two of the query
             decode_levels([spec], np.array([6]), ["warm-up"]),
-        ):
+        ]
+        if custom:
+            prepared.append(rectangle_levels([spec], np.array([6]), _whole_cover(spec)))
+        for levels in prepared:
             self._plan(self._eager, levels, line)
-            self._eager.run(q[: levels.qo_indptr[0][-1]], kv)
+            self._eager.run(q[: levels.qo_indptr[1][-1]], kv)
         torch.cuda.synchronize()
         self._active = None
         kernel = key.name if custom else "FlashInfer's stock kernel"
         logger.info("attention of APE: %s, ready in %.1f s", kernel, time.perf_counter() - begin)
+
+    def _make_planner(self) -> Planner:
+        """Limits are those of the captured launches, whose sizes grow with the batch."""
+        given = self._plan_arguments
+        heads, kv_heads, dim = given["num_qo_heads"], given["num_kv_heads"], given["head_dim"]
+        tile = smallest_tile(2**30, dim)
+        slots = blocks_at_once(self.workspace_buffer.device, kv_heads)
+        shape = Shape(rows=1, group_size=heads // kv_heads, page_size=1, slots=slots)
+        half = self.workspace_buffer.nbytes // 2
+        sizes = captured_sizes(shape, dim, heads, given["q_data_type"].itemsize, half)
+        itemsize = given["kv_data_type"].itemsize
+        costs = CostModel.of(heads, kv_heads, dim, itemsize, tile)
+        return Planner(costs, sizes.items, sizes.states)
+
+
+def _levels(batch: ApeBatch, seq_lens: np.ndarray, cover: Cover | None) -> Levels:
+    if cover is None:
+        return decode_levels(batch.specs, seq_lens, batch.context_sets)
+    return rectangle_levels(batch.specs, seq_lens, cover)
+
+
+def _whole_cover(spec: ApeSpec) -> Cover:
+    """One rectangle: the contexts of a single request."""
+    tokens = spec.context_end - spec.prefix_len
+    bounds, columns = (np.array(given, np.int32) for given in ([0, 1], [spec.prefix_len, tokens]))
+    return EMPTY_COVER._replace(
+        qo_indptr=bounds,
+        rows=bounds[:1],
+        kv_indptr=bounds * np.int32(tokens),
+        segment_row=bounds[:1],
+        segment_start=columns[:1],
+        segment_length=columns[1:],
+    )
 
 
 def around_resolve_lora_variant(
@@ -214,9 +285,11 @@ def around_resolve_lora_variant(
 ) -> Any:
     """AROUND hook on ``DecodeCudaGraphRunner._resolve_lora_variant``: pick the APE graphs."""
     label = original(runner, forward_batch)
-    if not isinstance(runner.attn_backend, ApeFlashInferBackend):
+    backend = runner.attn_backend
+    if not isinstance(backend, ApeFlashInferBackend):
         return label
-    return label if ape_batch(forward_batch.rids) is None else _ape_variant(label)
+    batch = ape_batch(forward_batch.rids)
+    return label if batch is None else _labelled(backend.variant_of(batch), label)
 
 
 def around_capture_one_shape(
@@ -229,16 +302,16 @@ def around_capture_one_shape(
 ) -> None:
     """AROUND hook on ``DecodeCudaGraphRunner.capture_one_shape``: capture for APE batches too."""
 
-    def capture(label: str | None) -> None:
+    def capture(variant: str | None) -> None:
+        label = variant_label if variant is None else _labelled(variant, variant_label)
         original(runner, size, forward, stream_idx, label)
 
     backend = runner.attn_backend
     if isinstance(backend, ApeFlashInferBackend):
-        ape = _ape_variant(variant_label)
-        backend.capture_twice(lambda: capture(variant_label), lambda: capture(ape))
+        backend.capture_all(capture)
     else:
-        capture(variant_label)
+        capture(None)
 
 
-def _ape_variant(label: str | None) -> str:
-    return GRAPH_VARIANT if label is None else f"{GRAPH_VARIANT}-{label}"
+def _labelled(variant: str, label: str | None) -> str:
+    return variant if label is None else f"{variant}-{label}"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sglang_ape.attention.plan import Path, plan_request
+from sglang_ape.attention.rectangles import Cover
 from sglang_ape.spec import ApeSpec
 
 
@@ -30,6 +31,9 @@ class Levels(NamedTuple):
     kv_indptr: tuple[np.ndarray, np.ndarray]  # for each level (groups + 1,) int32, from 0
     temperature: np.ndarray  # (groups of the contexts level,) fp32; 1 where there are no contexts
     scale: np.ndarray  # likewise
+    # The row at each place of the contexts level where that is a cover by rectangles; temperature
+    # and scale are then (rows,).
+    contexts_rows: np.ndarray | None = None
 
 
 def decode_levels(
@@ -44,8 +48,7 @@ def decode_levels(
     row, and no contexts; so has a padding row.
     """
     batch = len(specs)
-    prefix = np.fromiter((spec.prefix_len if spec else 0 for spec in specs), np.int32, batch)
-    end = np.fromiter((spec.context_end if spec else 0 for spec in specs), np.int32, batch)
+    prefix, end = _bounds(specs)
     own = seq_lens.astype(np.int32) - end
     requests = np.arange(batch, dtype=np.int32)
     first = [
@@ -66,6 +69,38 @@ def decode_levels(
         (indptr[: groups + 1], indptr[groups::2] - indptr[groups]),
         np.array([spec.temperature if (spec := specs[i]) else 1 for i in first], np.float32),
         np.array([spec.scale if (spec := specs[i]) else 1 for i in first], np.float32),
+    )
+
+
+def rectangle_levels(specs: Sequence[ApeSpec | None], seq_lens: np.ndarray, cover: Cover) -> Levels:
+    """As :func:`decode_levels`, with the contexts level of a cover.
+
+    The first rows of the batch are those that the cover was made for; any others have no contexts.
+    """
+    batch = len(specs)
+    prefix, end = _bounds(specs)
+    requests = np.arange(batch + 1, dtype=np.int32)
+    own = seq_lens.astype(np.int32) - end
+    indptr = _indptr(np.concatenate([cover.segment_length, _interleave(prefix, own)]))
+    segments = len(cover.segment_length)
+    return Levels(
+        np.concatenate([cover.segment_row, np.repeat(requests[:-1], 2)]),
+        np.concatenate([cover.segment_start, _interleave(np.zeros_like(end), end)]),
+        indptr,
+        (cover.qo_indptr, requests),
+        (cover.kv_indptr, indptr[segments::2] - indptr[segments]),
+        np.array([spec.temperature if spec else 1 for spec in specs], np.float32),
+        np.array([spec.scale if spec else 1 for spec in specs], np.float32),
+        cover.rows,
+    )
+
+
+def _bounds(specs: Sequence[ApeSpec | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the contexts of each request begin and end; int32, 0 for a plain one."""
+    batch = len(specs)
+    return (
+        np.fromiter((spec.prefix_len if spec else 0 for spec in specs), np.int32, batch),
+        np.fromiter((spec.context_end if spec else 0 for spec in specs), np.int32, batch),
     )
 
 

@@ -164,6 +164,12 @@ class Cover(NamedTuple):
     seconds_apart: float  # the same without rectangles
 
 
+_NOTHING = np.empty(0, np.int32)
+EMPTY_COVER = Cover(
+    np.zeros(1, np.int32), _NOTHING, np.zeros(1, np.int32), _NOTHING, _NOTHING, _NOTHING, 0.0, 0.0
+)
+
+
 @dataclass
 class _Class:
     """Contexts that the same requests read."""

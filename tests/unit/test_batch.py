@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sglang_ape.attention import batch as step
+from sglang_ape.cache.tree import Handle
 from sglang_ape.spec import ApeSpec
 
 SPEC = ApeSpec(2, (3, 5), 0.9, 0.8, "set")
@@ -24,7 +25,12 @@ def make_request(rid: str, spec: ApeSpec | None, extra_key: str | None = None) -
     params = SimpleNamespace(custom_params=spec.to_custom_params() if spec else None)
     ids = range(spec.context_end + 4 if spec else 9)
     return SimpleNamespace(
-        rid=rid, sampling_params=params, origin_input_ids=ids, extra_key=extra_key
+        rid=rid,
+        sampling_params=params,
+        origin_input_ids=ids,
+        extra_key=extra_key,
+        last_node=None,
+        cache_protected_len=0,
     )
 
 
@@ -97,3 +103,58 @@ def test_the_query_follows_the_longest_context_and_plain_rows_stay(decoding: boo
     # Row 13 of the first is its query's last token: 2 + max(3, 5) + 3.
     expected = [10, 8] if decoding else [9, 10, 7, 8]
     assert batch.positions.tolist() == expected
+
+
+def readers_of(*requests: SimpleNamespace) -> Any:
+    announce(*requests, decoding=True)
+    found = step.ape_batch([request.rid for request in requests])
+    assert found is not None
+    return found.readers
+
+
+def stored(request: SimpleNamespace, *nodes: object) -> SimpleNamespace:
+    """As after its prefill: the tree holds the row."""
+    request.last_node = Handle(object(), nodes, None)  # type: ignore[arg-type]
+    request.cache_protected_len = len(request.origin_input_ids)
+    return request
+
+
+def test_contexts_are_known_by_their_nodes_in_the_tree() -> None:
+    one, other, third = object(), object(), object()
+    a = stored(make_request("a", SPEC), one, other)
+    b = stored(make_request("b", SPEC), third, one)
+    first, second, plain = readers_of(a, b, make_request("c", None))
+    assert plain is None
+    assert set(first.keys) & set(second.keys) == {first.keys[0]} == {second.keys[1]}
+    assert first.lengths == SPEC.context_lens and first.start == SPEC.prefix_len
+
+
+def test_a_reader_is_the_same_object_until_the_row_changes() -> None:
+    request = stored(make_request("a", SPEC), object(), object())
+    (before,) = readers_of(request)
+    assert readers_of(request)[0] is before
+    (after,) = readers_of(stored(request, object(), object()))
+    assert after is not before
+
+
+@pytest.mark.parametrize("protected", [0, SPEC.context_end - 1])
+def test_the_end_of_a_path_that_is_not_whole_names_no_context(protected: int) -> None:
+    """The last node of a handle may lie inside of the last context."""
+    requests = [stored(make_request(rid, SPEC), "first", "part") for rid in "ab"]
+    for request in requests:
+        request.cache_protected_len = protected
+    for reader in readers_of(*requests):
+        assert reader.keys == ((None, SPEC.namespace),)
+        assert reader.lengths == (sum(SPEC.context_lens),)
+
+
+def test_without_a_tree_the_whole_set_is_one_context() -> None:
+    requests = make_request("a", SPEC), make_request("b", SPEC, extra_key="tenant")
+    first, second = readers_of(*requests)
+    assert first.keys == ((None, SPEC.namespace),) != second.keys
+
+
+def test_prefill_needs_no_readers() -> None:
+    announce(make_request("a", SPEC))
+    found = step.ape_batch(["a"])
+    assert found is not None and not found.readers

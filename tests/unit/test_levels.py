@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_ape.attention.levels import Levels, decode_levels, extend_levels
+from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
+from sglang_ape.attention.rectangles import EMPTY_COVER, CostModel, Planner, Reader
 from sglang_ape.spec import ApeSpec
 
 Columns = list[int]
@@ -149,3 +150,58 @@ def test_every_array_is_what_the_kernels_take(batch: Any) -> None:
     for array in (*levels[:3], *levels.qo_indptr, *levels.kv_indptr):
         assert array.dtype == np.int32
     assert levels.temperature.dtype == levels.scale.dtype == np.float32
+
+
+@st.composite
+def overlapping(draw: Any) -> tuple[list[ApeSpec | None], list[list[str]], list[int]]:
+    """Decoding requests over some of four documents each, in any order."""
+    lens = {"a": 2, "b": 5, "c": 3, "d": 7}
+    specs: list[ApeSpec | None] = []
+    names: list[list[str]] = []
+    for own in draw(st.lists(st.lists(st.sampled_from("abcd"), max_size=5), min_size=1)):
+        prefix, scale = draw(st.integers(0, 3)), draw(st.sampled_from([0.5, 1.0]))
+        spec = ApeSpec(prefix, tuple(lens[name] for name in own), 0.9, scale, "x")
+        specs.append(spec if own else None)
+        names.append(own)
+    new = st.integers(1, 4)
+    stops = [(spec.context_end if spec else 0) + draw(new) for spec in specs]
+    return specs, names, stops
+
+
+@given(given=overlapping(), padding=st.integers(0, 2))
+def test_rectangles_send_every_row_to_its_contexts_and_its_path(given: Any, padding: int) -> None:
+    specs, names, stops = given
+    costs = CostModel(1000, 0, 4, 0, 128, memory_rate=1e12, cache_rate=1e12, launch_seconds=0.0)
+    readers = [
+        Reader.of(spec, own, "") if spec else None for spec, own in zip(specs, names, strict=True)
+    ]
+    cover = Planner(costs, 1000, 1000).follow(readers) or EMPTY_COVER
+    padded = specs + [None] * padding
+    levels = rectangle_levels(padded, np.array(stops + [1] * padding), cover)
+    assert levels.contexts_rows is cover.rows
+    seen: list[list[str]] = [[] for _ in padded]
+    places = iter(levels.contexts_rows.tolist())
+    for rows, columns in _groups(levels, 0):
+        at = [next(places) for _ in range(rows)]
+        read = [_document(specs[owner], names[owner], column) for owner, column in columns]
+        for row in at:
+            seen[row] += read
+    for spec, own, got in zip(specs, names, seen, strict=False):
+        if spec is not None and cover is not EMPTY_COVER:
+            lens = dict(zip(own, spec.context_lens, strict=True))
+            assert sorted(got) == sorted(name for name in own for _ in range(lens[name]))
+    paths = _groups(levels, 1)
+    for row, (spec, stop) in enumerate(zip(padded, stops + [1] * padding, strict=True)):
+        assert paths[row] == (1, [(row, column) for column in _expected(spec, stop - 1)[0]])
+    for settings, name in ((levels.temperature, "temperature"), (levels.scale, "scale")):
+        wanted = [getattr(spec, name) if spec else 1 for spec in padded]
+        assert settings.tolist() == np.array(wanted, np.float32).tolist()
+    for array in (*levels[:3], *levels.qo_indptr, *levels.kv_indptr, levels.contexts_rows):
+        assert array.dtype == np.int32
+
+
+def _document(spec: ApeSpec | None, names: list[str], column: int) -> str:
+    """The name of the context that a column of a row lies in."""
+    assert spec is not None
+    starts = [*spec.context_starts, spec.context_end]
+    return next(n for n, a, b in zip(names, starts, starts[1:], strict=False) if a <= column < b)
