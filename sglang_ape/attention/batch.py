@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from sglang_ape.attention.rectangles import Reader
-from sglang_ape.cache.tree import Handle
 from sglang_ape.request import spec_of
 from sglang_ape.spec import ApeSpec
 
@@ -95,8 +94,10 @@ def reader_of(req: Any, spec: ApeSpec, whole: Hashable) -> Reader:
     kept: tuple[Any, ApeSpec, Reader] | None = getattr(req, "ape_reader", None)
     if kept is not None and kept[0] is handle and kept[1] is spec:
         return kept[2]
-    stored = isinstance(handle, Handle) and req.cache_protected_len >= spec.context_end
-    reader = Reader.of(spec, handle.contexts if stored else None, whole)
+    nodes = None
+    if req.cache_protected_len >= spec.context_end:  # else the last node may lie inside of one
+        nodes = getattr(handle, "contexts", None)  # of ``cache.tree.Handle``
+    reader = Reader.of(spec, nodes, whole)
     req.ape_reader = (handle, spec, reader)
     return reader
 

@@ -685,6 +685,206 @@ def test_a_captured_run_reads_contexts_once_for_many_rows(
     assert_equals(batch, replayed, expected_of(batch))
 
 
+##### Rectangles
+
+
+class Rectangle(NamedTuple):
+    """Rows, each of which may stand in several rectangles, over contexts of their own."""
+
+    rows: Sequence[int]
+    kv_len: int
+
+
+class Cover(NamedTuple):
+    """A decode batch whose contexts level is a cover by rectangles."""
+
+    batch: Batch  # the contexts of which are the rectangles
+    rows: torch.Tensor  # at each place of the contexts level
+    temperature: list[float]
+    scale: list[float]
+
+
+def make_cover(
+    shape: Shape, rectangles: Sequence[Rectangle], path_lens: Sequence[int], mixed: bool = False
+) -> Cover:
+    """With ``mixed``, rows have one of two temperatures by parity, and so must rectangles."""
+    rows = len(path_lens)
+    temperature = [(0.5, 1.1)[row % 2] if mixed else 0.8 for row in range(rows)]
+    scale = [(0.9, 0.0, 1.3)[row % 3] for row in range(rows)]
+    places = [row for rectangle in rectangles for row in rectangle.rows]
+    contexts = [Contexts(len(r.rows), r.kv_len) for r in rectangles]
+    # One path a place gives as many queries as the helper wants; the first rows are the batch's.
+    fill = max(len(places) - rows, 0)
+    level = make_batch(
+        shape,
+        [*contexts, Contexts(rows + fill - len(places), 0)],
+        [*(Path(1, kv_len) for kv_len in path_lens), *[Path(1, 1)] * fill],
+    )
+    first, second = level.levels
+    levels = (
+        Level(first.qo_indptr[:-1], first.kv_indptr[:-1], first.indices, first.last_page_len[:-1]),
+        Level(
+            second.qo_indptr[: rows + 1],
+            second.kv_indptr[: rows + 1],
+            second.indices[: int(second.kv_indptr[rows])],
+            second.last_page_len[:rows],
+        ),
+    )
+    q = level.q[:rows].contiguous()
+    batch = Batch(shape, contexts, level.path[:rows], levels, q, level.cache)
+    return Cover(batch, torch.tensor(places, dtype=torch.int32), temperature, scale)
+
+
+def plan_cover(wrapper: ApeCascadeAttentionWrapper, cover: Cover, **changes: Any) -> None:
+    settings = dict(
+        contexts_rows=cover.rows, temperature=cover.temperature, scale=cover.scale, **changes
+    )
+    plan(wrapper, cover.batch, **settings)
+
+
+def expected_of_cover(cover: Cover) -> State:
+    batch = cover.batch
+    sm_scale = 1 / math.sqrt(batch.shape.head_dim)
+    bounds = pairwise(batch.levels[0].qo_indptr.tolist())
+    members = [cover.rows[start:stop].tolist() for start, stop in bounds]
+    outs, lses = [], []
+    for row in range(len(batch.path)):
+        q = batch.q[row : row + 1]
+        out, lse = attend(q, *dense(batch, 1, row, (1, 1)), sm_scale, causal=True)
+        own = [dense(batch, 0, i, (1, 1)) for i, rows in enumerate(members) if row in rows]
+        k, v = (torch.cat(parts) for parts in zip(*own, strict=True)) if own else (q[:0], q[:0])
+        if len(k):
+            power = cover.scale[row] * cover.temperature[row]
+            state = attend(q, k, v, sm_scale / cover.temperature[row], causal=False)
+            logs = torch.stack([power * state.lse, lse])
+            share = logs.softmax(0).unsqueeze(-1)
+            out, lse = share[0] * state.out + share[1] * out, logs.logsumexp(0)
+        outs.append(out)
+        lses.append(lse)
+    return State(torch.cat(outs), torch.cat(lses))
+
+
+def assert_equals_cover(cover: Cover, actual: tuple[torch.Tensor, torch.Tensor]) -> None:
+    out, lse = actual
+    expected = expected_of_cover(cover)
+    # Each partial state is rounded before they are merged, once more than without rectangles.
+    assert error(out, expected.out) <= 1.5 * TOLERANCE[out.dtype]
+    worst = (lse - expected.lse * math.log2(math.e)).abs().max().item()
+    assert worst <= 1.5 * LSE_TOLERANCE[out.dtype]
+
+
+EVERY_SECOND = list(range(0, 40, 2))
+COVERS = {
+    "one": ([Rectangle(range(40), 3000)], 40),
+    "overlap": (
+        [
+            Rectangle(range(40), 1500),
+            Rectangle(EVERY_SECOND, 700),
+            Rectangle([1], 5000),
+            Rectangle([39, 3, 17], 1),
+            Rectangle([], 64),
+            Rectangle([5, 6], 0),
+        ],
+        40,
+    ),
+    "many": ([Rectangle(range(i, 40, 1 + i % 5), 60 + 90 * i) for i in range(30)], 40),
+    "few rows": ([Rectangle([0, 2], 20_000), Rectangle([2, 1], 17)], 3),
+    "nothing": ([], 5),
+}
+COVER = pytest.mark.parametrize("name", list(COVERS))
+
+
+def path_lens(rows: int) -> list[int]:
+    return [1 + 13 * i for i in range(rows)]
+
+
+@COVER
+@pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
+@pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_covers_by_rectangles_equal_the_formula(
+    workspace: torch.Tensor,
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_kv_heads: int,
+    page_size: int,
+) -> None:
+    rectangles, rows = COVERS[name]
+    shape = Shape(dtype, head_dim, num_kv_heads=num_kv_heads, page_size=page_size)
+    cover = make_cover(shape, rectangles, path_lens(rows))
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan_cover(wrapper, cover)
+    out = torch.full_like(cover.batch.q, math.nan)
+    actual = wrapper.run(cover.batch.q, cover.batch.cache, out=out, return_lse=True)
+    assert_equals_cover(cover, actual)
+
+
+def test_rectangles_of_two_temperatures_equal_the_formula(workspace: torch.Tensor) -> None:
+    rectangles = [Rectangle(range(i % 2, 40, 2), 200 + 300 * i) for i in range(6)]
+    cover = make_cover(Shape(), rectangles, path_lens(40), mixed=True)
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan_cover(wrapper, cover)
+    actual = wrapper.run(cover.batch.q, cover.batch.cache, return_lse=True)
+    assert_equals_cover(cover, actual)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
+def test_a_captured_run_follows_every_cover(
+    workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, rows: int
+) -> None:
+    """From no rectangle to many and back, twice over the same plan, with rows of any order."""
+    shape = Shape(dtype, head_dim)
+    covers = [
+        make_cover(
+            shape,
+            [r._replace(rows=[i for i in r.rows if i < rows]) for r in given],
+            path_lens(rows),
+        )
+        for given, _ in COVERS.values()
+    ]
+    cache = max((cover.batch.cache for cover in covers), key=len)  # a graph reads one cache
+    indices = torch.zeros(400_000, dtype=torch.int32, device="cuda")
+    wrapper = ApeCascadeAttentionWrapper(
+        workspace,
+        use_cuda_graph=True,
+        batch_size=rows,
+        paged_kv_indices_buffer=indices,
+        rectangles=True,
+    )
+    q = torch.zeros_like(covers[0].batch.q)
+    plan_cover(wrapper, covers[-1])
+    wrapper.run(q, cache, return_lse=True)  # compiles what there is to compile
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = wrapper.run(q, cache, return_lse=True)
+    for cover in (*covers, covers[1], covers[1], covers[0]):
+        cover = cover._replace(batch=replace(cover.batch, cache=cache))
+        given = torch.cat([level.indices for level in cover.batch.levels])
+        indices[: len(given)] = given
+        plan_cover(wrapper, cover, paged_kv_indices=indices[: len(given)])
+        q.copy_(cover.batch.q)
+        out.fill_(math.nan)
+        graph.replay()
+        assert_equals_cover(cover, (out.clone(), lse.clone()))
+
+
+def test_too_many_rectangles_for_a_captured_run_are_refused(workspace: torch.Tensor) -> None:
+    rectangles = [Rectangle(range(64), 1) for _ in range(400)]
+    cover = make_cover(Shape(), rectangles, path_lens(64))
+    wrapper = ApeCascadeAttentionWrapper(
+        workspace,
+        use_cuda_graph=True,
+        batch_size=64,
+        paged_kv_indices_buffer=torch.zeros(400_000, dtype=torch.int32, device="cuda"),
+        rectangles=True,
+    )
+    with pytest.raises(ValueError, match="do not fit"):
+        plan_cover(wrapper, cover)
+
+
 ##### Without a module of our own
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from flashinfer_ext.gather import gather_kv_indices, gather_kv_indices_reference
+from flashinfer_ext.gather import gather_kv_indices, gather_kv_indices_reference, gather_rows
 
 Segment = tuple[int, int, int]  # index of the row, first column, columns
 
@@ -69,3 +69,13 @@ def test_a_table_of_more_slots_than_int32_counts_is_read_at_the_right_place() ->
     rows = torch.tensor(touched, dtype=torch.int32, device="cuda")
     segments = [(2, 100, 70_000), (1, 0, 1000), (0, width - 5, 5), (2, width - 1, 1)]
     assert_gathers(table, rows, segments)
+
+
+@pytest.mark.parametrize("count", [0, 1, 700, 3000])
+def test_rows_are_gathered_as_far_as_they_are_counted(count: int) -> None:
+    source = torch.randn(64, 2, 32, 128, device="cuda").bfloat16()[:, 0]
+    rows = torch.randint(64, (3000,), device="cuda").int()
+    out = torch.full((3000, 32, 128), torch.nan, dtype=torch.bfloat16, device="cuda")
+    gather_rows(source, rows, torch.tensor([count], dtype=torch.int32, device="cuda"), out)
+    assert torch.equal(out[:count], source[rows[:count].long()])
+    assert bool(out[count:].isnan().all())

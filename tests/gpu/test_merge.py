@@ -6,8 +6,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from flashinfer_ext.merge import launch_merge, merge_state_scaled
+from flashinfer_ext.merge import (
+    launch_merge,
+    launch_merge_states,
+    merge_state_scaled,
+    merge_states_scaled,
+)
 from flashinfer_ext.reference import merge_state_scaled as reference_merge
+from flashinfer_ext.reference import merge_states_scaled as reference_merge_states
 
 EMPTY = (-math.inf, -5e4)  # what torch and what FlashInfer write
 
@@ -154,5 +160,103 @@ def test_a_captured_merge_reads_its_inputs_at_each_replay() -> None:
         lse.fill_(math.nan)
         graph.replay()
         expected, expected_lse = expected_of(fresh)
+        assert_near(out, expected)
+        assert_logs_near(lse, expected_lse)
+
+
+##### Many states
+
+
+class States(NamedTuple):
+    v_path: torch.Tensor
+    s_path: torch.Tensor
+    v: torch.Tensor
+    s: torch.Tensor
+    indptr: torch.Tensor
+    index: torch.Tensor
+    exponents: torch.Tensor
+
+
+LENS = [0, 1, 2, 15, 16, 17, 33, 0, 200]
+
+
+def random_states(
+    lens: list[int], heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0
+) -> States:
+    """States in random order; every ninth is empty, of either kind."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    rows, count = len(lens), sum(lens) + 5
+    s = 10 * randn(count, heads)
+    s[::9], s[4::18] = EMPTY
+    order = torch.randperm(count, generator=generator, device="cuda")
+    exponents = 15 * torch.rand(rows, generator=generator, device="cuda") ** 3
+    return States(
+        randn(rows, heads, head_dim).to(dtype),
+        10 * randn(rows, heads),
+        randn(count, heads, head_dim).to(dtype),
+        s,
+        torch.tensor([0, *lens], device="cuda").cumsum(0).int(),
+        order[: sum(lens)].int(),
+        exponents,
+    )
+
+
+def expected_states(states: States, v_scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = states._replace(v_path=states.v_path.float(), v=states.v.float())
+    out, lse = reference_merge_states(*wide)
+    return out * v_scale, lse
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("heads", "head_dim"), [(32, 128), (28, 64), (5, 80)])
+def test_many_merged_states_equal_the_reference(
+    heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    states = random_states(LENS * 4, heads, head_dim, dtype)
+    out, lse = merge_states_scaled(*states)
+    expected, expected_lse = expected_states(states)
+    assert_near(out, expected)
+    assert_logs_near(lse, expected_lse)
+    assert torch.equal(out[0], states.v_path[0])
+
+
+@pytest.mark.parametrize("v_scale", [1.0, 0.25])
+@pytest.mark.parametrize("want_lse", [False, True])
+def test_many_states_in_place_give_the_same(want_lse: bool, v_scale: float) -> None:
+    states = random_states(LENS * 4, 32, 128, torch.bfloat16)
+    expected, expected_lse = expected_states(states, v_scale)
+    launch_merge_states(*states, states.v_path, states.s_path if want_lse else None, v_scale)
+    assert_near(states.v_path, expected)
+    if want_lse:
+        assert_logs_near(states.s_path, expected_lse)
+
+
+def test_one_state_a_row_is_the_merge_of_two() -> None:
+    merge = random_merge(300, 32, 128, torch.bfloat16)
+    one = torch.arange(301, dtype=torch.int32, device="cuda")
+    out, lse = merge_states_scaled(*merge[:4], one, one[:-1], merge.exponents)
+    expected, expected_lse = merge_state_scaled(*merge)
+    assert error(out, expected) <= TOLERANCE_OF_ROUNDED
+    assert_logs_near(lse, expected_lse)
+
+
+def test_a_captured_merge_of_many_follows_its_lists() -> None:
+    static = random_states([40] * 16, 32, 128, torch.bfloat16)
+    out, lse = torch.full_like(static.v_path, math.nan), torch.full_like(static.s_path, math.nan)
+    launch_merge_states(*static, out, lse)  # compiles, which a capture may not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch_merge_states(*static, out, lse)
+    for seed, lens in ((1, [0] * 16), (2, [3, 0, 77, 1] * 4), (3, [40] * 16)):
+        fresh = random_states(lens, 32, 128, torch.bfloat16, seed)
+        for kept, new in zip(static, fresh, strict=True):
+            kept[: len(new)] = new
+        graph.replay()
+        expected, expected_lse = expected_states(fresh)
         assert_near(out, expected)
         assert_logs_near(lse, expected_lse)

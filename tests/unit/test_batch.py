@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sglang_ape.attention import batch as step
-from sglang_ape.cache.tree import Handle
 from sglang_ape.spec import ApeSpec
 
 SPEC = ApeSpec(2, (3, 5), 0.9, 0.8, "set")
@@ -114,7 +113,7 @@ def readers_of(*requests: SimpleNamespace) -> Any:
 
 def stored(request: SimpleNamespace, *nodes: object) -> SimpleNamespace:
     """As after its prefill: the tree holds the row."""
-    request.last_node = Handle(object(), nodes, None)  # type: ignore[arg-type]
+    request.last_node = SimpleNamespace(contexts=nodes)  # as of cache.tree.Handle
     request.cache_protected_len = len(request.origin_input_ids)
     return request
 
