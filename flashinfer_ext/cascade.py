@@ -75,7 +75,7 @@ class ApeCascadeAttentionWrapper:
         )
         self._key: variant.ModuleKey | None = None
         self._module: Any = None  # None: FlashInfer's stock kernel
-        self._levels: list[BatchPrefillWithPagedKVCacheWrapper] = []
+        self._levels: list[Any] = []
         self._side: torch.cuda.Stream | None = None
         self._rectangles: RectangleLaunch | None = None
         self._rectangles_for: dict[str, Any] = {}
@@ -337,7 +337,10 @@ class ApeCascadeAttentionWrapper:
             return
         if self._graph is not None:
             self._side = torch.cuda.Stream(self._device)
-        self._levels = [self._wrapper(space) for space in self._spaces()]
+        contexts, path = self._spaces()
+        # A wrapper holds 8 MB on the GPU, and a captured run with rectangles needs none for them.
+        only_path = self._graph is not None and self._graph.rectangles
+        self._levels = [None if only_path else self._wrapper(contexts), self._wrapper(path)]
 
     def _spaces(self) -> list[torch.Tensor]:
         """Where each level writes its partial results.
