@@ -18,7 +18,17 @@ LENGTHS = {"a": 1, "b": 40, "c": 900, "d": 5000, "e": 30, "f": 1200, "g": 2, "h"
 COSTS = CostModel.of(32, 8, 128, 2, tile=128)
 # With these, any sharing pays and nothing is hidden behind "apart"; and with those, states are so
 # dear that small classes are dissolved.
-EAGER = CostModel(1000, 0, 4, 0, 128, memory_rate=1e12, cache_rate=1e12, launch_seconds=0.0)
+EAGER = CostModel(
+    1000,
+    0,
+    4,
+    0,
+    128,
+    memory_rate=1e12,
+    cache_rate=1e12,
+    rectangle_seconds=0.0,
+    launch_seconds=0.0,
+)
 DEAR_STATES = CostModel(
     1000, 10_000, 4, 0, 128, memory_rate=1e12, cache_rate=2e12, launch_seconds=0.0
 )
@@ -131,6 +141,7 @@ class Server(RuleBasedStateMachine):
             assert_good(cover, self.batch)
             again = each.follow(list(self.batch))
             assert again is cover
+        # Only ties in what is dissolved depend on the history.
         fresh, kept = planner(EAGER).follow(self.batch), self.planners[1].follow(self.batch)
         assert (fresh is None) == (kept is None)
         if fresh is not None:
@@ -141,6 +152,7 @@ TestServer = Server.TestCase
 TestServer.settings = settings(deadline=None, max_examples=25, stateful_step_count=15)
 
 
+@settings(deadline=None)
 @given(batches=st.lists(rows_of_batch, min_size=1, max_size=4))
 def test_equal_histories_give_equal_covers(batches: list[list[Reader | None]]) -> None:
     one, other = planner(DEAR_STATES), planner(DEAR_STATES)

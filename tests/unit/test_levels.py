@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
@@ -168,6 +168,7 @@ def overlapping(draw: Any) -> tuple[list[ApeSpec | None], list[list[str]], list[
     return specs, names, stops
 
 
+@settings(deadline=None)
 @given(given=overlapping(), padding=st.integers(0, 2))
 def test_rectangles_send_every_row_to_its_contexts_and_its_path(given: Any, padding: int) -> None:
     specs, names, stops = given
