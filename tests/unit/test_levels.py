@@ -194,9 +194,9 @@ def test_rectangles_send_every_row_to_its_contexts_and_its_path(given: Any, padd
     paths = _groups(levels, 1)
     for row, (spec, stop) in enumerate(zip(padded, stops + [1] * padding, strict=True)):
         assert paths[row] == (1, [(row, column) for column in _expected(spec, stop - 1)[0]])
-    for settings, name in ((levels.temperature, "temperature"), (levels.scale, "scale")):
+    for given_out, name in ((levels.temperature, "temperature"), (levels.scale, "scale")):
         wanted = [getattr(spec, name) if spec else 1 for spec in padded]
-        assert settings.tolist() == np.array(wanted, np.float32).tolist()
+        assert given_out.tolist() == np.array(wanted, np.float32).tolist()
     for array in (*levels[:3], *levels.qo_indptr, *levels.kv_indptr, levels.contexts_rows):
         assert array.dtype == np.int32
 
