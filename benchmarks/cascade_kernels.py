@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from sglang_ape.attention.levels import Levels, decode_levels, rectangle_levels
-from sglang_ape.attention.rectangles import CostModel, Planner, Reader
+from sglang_ape.attention.rectangles import HOPPER_RATES, CostModel, Planner, Rates, Reader
 from sglang_ape.spec import ApeSpec
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -43,6 +43,7 @@ KINDS = ("stock", "apart", "shared")
 OVERLAP_KINDS = ("groups", "rectangles", "floor", "model")
 COPY_BYTES_PER_SECOND = 2.95e12  # of an H100 80GB HBM3
 REPEATS = 30
+WORKSPACE = 384 << 20  # bytes, as SGLang's
 LAYERS = 8  # attention calls in a graph, on caches of their own so that L2 does not keep them
 
 
@@ -161,8 +162,11 @@ def _overlap(sets: list[tuple[int, ...]]) -> dict[str, float]:
     lens = np.array([spec.context_end + QUERY for spec in specs])
     readers = [Reader.of(spec, chosen, chosen) for spec, chosen in zip(specs, sets, strict=True)]
 
-    costs = CostModel.of(HEADS, KV_HEADS, HEAD_DIM, 2, tile=128)
-    cover = Planner(costs, items=132, states=8192).follow(readers)
+    kernel = _kernel()
+    rates = HOPPER_RATES if kernel.key.template == "fa3" else Rates()
+    costs = CostModel.of(*kernel.heads, 2, kernel.tile(2**30), rates)
+    sizes = kernel.captured_sizes(batch, WORKSPACE // 2)
+    cover = Planner(costs, sizes.items, sizes.states).follow(readers)
     levels = {"groups": decode_levels(specs, lens, sets)}
     expected = {}
     if cover is not None:
@@ -176,6 +180,14 @@ def _overlap(sets: list[tuple[int, ...]]) -> dict[str, float]:
     tokens = distinct * CONTEXT + batch * own
     floor = tokens * costs.token_bytes / COPY_BYTES_PER_SECOND * 1e6
     return {**times, "floor": floor, **expected}
+
+
+def _kernel() -> Any:
+    from flashinfer_ext.rectangles import Heads, Kernel
+    from flashinfer_ext.variant import ModuleKey
+
+    key = ModuleKey(torch.bfloat16, torch.bfloat16, HEAD_DIM)
+    return Kernel.best(key, Heads(HEADS, KV_HEADS, HEAD_DIM), torch.device("cuda"))
 
 
 def _cascade(levels: Levels, contexts: list[torch.Tensor], paths: list[torch.Tensor]) -> Any:
@@ -287,7 +299,7 @@ def _normal(*shape: int) -> torch.Tensor:
 
 
 def _workspace() -> torch.Tensor:
-    return torch.empty(384 << 20, dtype=torch.uint8, device="cuda")
+    return torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")
 
 
 def _graph_us(run: Callable[[torch.Tensor], Any], caches: list[torch.Tensor]) -> float:

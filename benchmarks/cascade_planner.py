@@ -17,13 +17,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flashinfer_ext.worklist import Groups, Shape, make_work_list
-from sglang_ape.attention.rectangles import CostModel, Cover, Planner, Reader
+from flashinfer_ext.worklist import Groups, Shape, make_work
+from sglang_ape.attention.rectangles import HOPPER_RATES, CostModel, Cover, Planner, Reader
 from sglang_ape.spec import ApeSpec
 
 REQUESTS, CONTEXTS, TOKENS = 256, 64, 1024
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-SLOTS = 33  # thread blocks a KV head on 132 multiprocessors
+SLOTS = 16  # thread blocks a KV head on 132 multiprocessors
 REPEATS = 50
 
 
@@ -34,7 +34,8 @@ def main() -> None:
 
 
 def _measure(kind: str) -> None:
-    planner = Planner(CostModel.of(HEADS, KV_HEADS, HEAD_DIM, 2, tile=128), 1 << 20, 1 << 20)
+    costs = CostModel.of(HEADS, KV_HEADS, HEAD_DIM, 2, 128, HOPPER_RATES)
+    planner = Planner(costs, 1 << 20, 1 << 20)
     batch = [_reader(kind, i) for i in range(REQUESTS)]
     cover = planner.follow(batch)
     step, change, work = [], [], []
@@ -64,7 +65,7 @@ def _reader(kind: str, request: int) -> Reader:
 def _work_list(cover: Cover) -> None:
     last = np.ones(len(cover.kv_indptr) - 1, np.int32)
     groups = Groups(cover.qo_indptr, cover.rows, cover.kv_indptr, last)
-    make_work_list(groups, Shape(REQUESTS, HEADS // KV_HEADS, 1, SLOTS), 128)
+    make_work(groups, Shape(REQUESTS, HEADS // KV_HEADS, 1, SLOTS), 128)
 
 
 def _us(run: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
 from flashinfer_ext import variant
 from flashinfer_ext.merge import launch_merge, launch_merge_states
-from flashinfer_ext.rectangles import Heads, RectangleLaunch, staged
+from flashinfer_ext.rectangles import Heads, Kernel, RectangleLaunch, staged
 from flashinfer_ext.worklist import Groups
 
 logger = logging.getLogger(__name__)
@@ -308,14 +308,14 @@ class ApeCascadeAttentionWrapper:
         self._contexts_rows = contexts_rows
 
     def _make_rectangles(self) -> RectangleLaunch:
-        arguments = self._plan_arguments
+        assert self._key is not None
+        given = self._plan_arguments
+        heads = Heads(given["num_qo_heads"], given["num_kv_heads"], given["head_dim_qk"])
         return RectangleLaunch(
-            self._module,
+            Kernel.best(self._key, heads, self._device),
             self._spaces()[CONTEXTS],
             self._layout,
-            Heads(arguments["num_qo_heads"], arguments["num_kv_heads"], arguments["head_dim_qk"]),
-            arguments["page_size"],
-            arguments["q_data_type"],
+            given["page_size"],
             captured_rows=None if self._graph is None else self._graph.rows,
         )
 

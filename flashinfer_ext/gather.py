@@ -1,4 +1,4 @@
-"""Collect KV slots of page-table segments, and rows of a tensor, in one Triton kernel each."""
+"""Collect KV slots of page-table segments, and queries of rows, in one Triton kernel each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 _BLOCK = 1024
 _MAX_PROGRAMS_PER_SEGMENT = 64
-_MAX_PROGRAMS_OF_ROWS = 512
+_MAX_PROGRAMS_OF_ROWS = 1024
 
 
 def gather_kv_indices_reference(
@@ -94,7 +94,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + begin + column, tl.load(source + column, mask=mask), mask=mask)
 
 
-def gather_rows(
+def gather_packed(
     source: torch.Tensor, rows: torch.Tensor, count: torch.Tensor, out: torch.Tensor
 ) -> None:
     """Write ``source[rows[i]]`` to ``out[i]`` for the first ``count`` i; capturable in a graph.
@@ -102,22 +102,47 @@ def gather_rows(
     What lies behind is left as it is, so that one captured launch serves any number of rows.
 
     Args:
-        source: (n, ...), contiguous within a row.
+        source: (n, heads, head_dim), contiguous within a row; head ``k * group_size + g`` goes to
+            ``[g, k]``.
         rows: (capacity,) int32.
         count: (1,) int32, at most ``capacity``.
-        out: (capacity or more, ...), contiguous, else as ``source``.
+        out: (capacity or more, group_size, kv_heads, head_dim), contiguous, else as ``source``.
     """
-    width = out[0].numel()
-    _gather_rows_kernel[(min(len(rows), _MAX_PROGRAMS_OF_ROWS),)](
-        source, rows, count, out, source.stride(0), width, BLOCK=triton.next_power_of_2(width)
+    _, group_size, kv_heads, head_dim = out.shape
+    width = group_size * kv_heads * head_dim
+    _gather_packed_kernel[(min(len(rows), _MAX_PROGRAMS_OF_ROWS),)](
+        source,
+        rows,
+        count,
+        out,
+        source.stride(0),
+        width,
+        GROUP_SIZE=group_size,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK=triton.next_power_of_2(width),
     )
 
 
 @triton.jit
-def _gather_rows_kernel(source, rows, count, out, stride, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    column = tl.arange(0, BLOCK)
-    mask = column < width
+def _gather_packed_kernel(  # type: ignore[no-untyped-def]
+    source,
+    rows,
+    count,
+    out,
+    stride,
+    width,
+    GROUP_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.arange(0, BLOCK)
+    mask = place < width
+    packed = place // HEAD_DIM
+    head = packed % KV_HEADS * GROUP_SIZE + packed // KV_HEADS
+    column = head * HEAD_DIM + place % HEAD_DIM
     for i in range(tl.program_id(0), tl.load(count), tl.num_programs(0)):
         row = tl.load(rows + i).to(tl.int64)
         values = tl.load(source + row * stride + column, mask=mask)
-        tl.store(out + i * width + column, values, mask=mask)
+        tl.store(out + tl.cast(i, tl.int64) * width + place, values, mask=mask)

@@ -182,8 +182,9 @@ def merge_states_scaled(
         v_path: (rows, num_heads, head_dim), fp16, bf16 or fp32.
         s_path: (rows, num_heads), base-2 log-sum-exp, fp32; an empty state has -inf or
             FlashInfer's -5e4.
-        v: (states, num_heads, head_dim), as ``v_path``.
-        s: (states, num_heads), as ``s_path``.
+        v: (states, group_size, num_kv_heads, head_dim), as ``v_path``: head ``k * group_size + g``
+            of a state stands at ``[g, k]``.
+        s: (states, group_size, num_kv_heads), as ``s_path``.
         indptr: (rows + 1,) int32: row i merges the states ``index[indptr[i]:indptr[i + 1]]``.
         index: (indptr[-1],) int32 at least, each less than ``states``.
         exponent: scalar or (rows,), fp32: S * T, applied to the partition sum over all states of
@@ -224,6 +225,7 @@ def launch_merge_states(
     Rows and states may lie anywhere; within one, heads and dimensions are contiguous.
 
     Args:
+        v: packed, as for :func:`merge_states_scaled`; so is ``s``.
         exponents: (rows,) fp32, of any stride.
         out: gets the merged output times ``v_scale``; may be ``v_path`` itself, and then rows
             without a state in their list are neither read nor written (at ``v_scale`` 1).
@@ -251,6 +253,7 @@ def launch_merge_states(
         out.stride(0),
         0 if lse is None else lse.stride(0),
         v_scale,
+        GROUP_SIZE=v.shape[1],
         EMPTY_LSE=EMPTY_LSE,
         IN_PLACE=out.data_ptr() == v_path.data_ptr() and v_scale == 1.0,
         WRITE_LSE=lse is not None,
@@ -279,6 +282,7 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     stride_out,
     stride_lse,
     v_scale,
+    GROUP_SIZE: tl.constexpr,
     EMPTY_LSE: tl.constexpr,
     IN_PLACE: tl.constexpr,
     WRITE_LSE: tl.constexpr,
@@ -294,6 +298,7 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
             return
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < head_dim
+    packed = head % GROUP_SIZE * (tl.num_programs(1) // GROUP_SIZE) + head // GROUP_SIZE
     # A finite start: two empty states have no difference.
     highest = tl.full([], EMPTY_LSE, tl.float32)
     total = tl.full([], 0.0, tl.float32)
@@ -301,11 +306,11 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     for first in range(begin, stop, BLOCK_STATES):
         place = first + tl.arange(0, BLOCK_STATES)
         state = tl.load(index + place, mask=place < stop, other=0).to(tl.int64)
-        logs = tl.load(s + state * stride_s + head, mask=place < stop, other=float("-inf"))
+        logs = tl.load(s + state * stride_s + packed, mask=place < stop, other=float("-inf"))
         new = tl.maximum(highest, tl.max(logs, axis=0))
         weights = tl.where(logs <= EMPTY_LSE, 0.0, tl.exp2(logs - new))
         values = tl.load(
-            v + state[:, None] * stride_v + head * head_dim + dim[None, :],
+            v + state[:, None] * stride_v + packed * head_dim + dim[None, :],
             mask=(place < stop)[:, None] & in_dim[None, :],
             other=0.0,
         ).to(tl.float32)
@@ -365,10 +370,16 @@ def _check_state_lists(
         raise ValueError(
             f"v_path must have the shape (rows, num_heads, head_dim), got {tuple(v_path.shape)}"
         )
-    if v.dim() != 3 or v.shape[1:] != v_path.shape[1:] or v.dtype != v_path.dtype:
+    heads, dim = v_path.shape[1:]
+    if (
+        v.dim() != 4
+        or v.shape[1] * v.shape[2] != heads
+        or v.shape[3] != dim
+        or (v.dtype != v_path.dtype)
+    ):
         raise ValueError(
-            f"v must be {v_path.dtype} of shape (states, {v_path.shape[1]}, {v_path.shape[2]}), "
-            f"got {v.dtype} of shape {tuple(v.shape)}"
+            f"v must be {v_path.dtype} of shape (states, group_size, num_kv_heads, {dim}) for "
+            f"{heads} heads, got {v.dtype} of shape {tuple(v.shape)}"
         )
     _check_log("s_path", s_path, v_path)
     _check_log("s", s, v)
@@ -381,8 +392,8 @@ def _check_state_lists(
 
 
 def _check_log(name: str, s: torch.Tensor, v: torch.Tensor) -> None:
-    if s.shape != v.shape[:2] or s.dtype != torch.float32:
-        shape = tuple(v.shape[:2])
+    shape = tuple(v.shape[:-1])
+    if s.shape != shape or s.dtype != torch.float32:
         raise ValueError(f"{name} must be fp32 of shape {shape}, got {tuple(s.shape)} {s.dtype}")
 
 

@@ -31,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["FLASHINFER_EXT_MODULE_DIR"] = str(args.output.resolve())
     with tempfile.TemporaryDirectory() as folder:
         _complete_toolkit(Path(folder))
-        build(args.dtype, args.kv_dtype, args.head_dim)
+        build(args.dtype, args.kv_dtype, args.head_dim, hopper=args.arch in ("9.0", "9.0a"))
 
 
-def build(dtypes: Sequence[str], kv_dtypes: Sequence[str], head_dims: Sequence[int]) -> None:
+def build(
+    dtypes: Sequence[str], kv_dtypes: Sequence[str], head_dims: Sequence[int], hopper: bool
+) -> None:
     """Build every combination and put each where :func:`variant.prebuilt_path` looks for it."""
     import torch
     from tqdm import tqdm
@@ -47,6 +49,8 @@ def build(dtypes: Sequence[str], kv_dtypes: Sequence[str], head_dims: Sequence[i
         for kv in kv_dtypes
         for head_dim in head_dims
     ]
+    if hopper:
+        keys += [key.on_hopper for key in keys if key.on_hopper is not None]
     for key in (progress := tqdm(keys)):
         progress.set_description(key.name)
         spec = jit_spec(key)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from flashinfer.utils import MaskMode, TensorLayout, _unpack_paged_kv_cache, device_support_pdl
 
-from flashinfer_ext.gather import gather_rows
+from flashinfer_ext import fa2, fa3, variant
+from flashinfer_ext.gather import gather_packed
 from flashinfer_ext.worklist import (
     Groups,
     Shape,
-    WorkList,
+    Work,
     WorkSizes,
-    captured_sizes,
-    make_work_list,
-    smallest_tile,
+    make_work,
+    padded,
+    state_capacity,
 )
 
-_WHOLE_GROUP = 1 << 30  # chunk length, which must not be 0; not used without split KV
+logger = logging.getLogger(__name__)
+
+_HOPPER = (9, 0)
 
 
 class Heads(NamedTuple):
@@ -27,65 +32,93 @@ class Heads(NamedTuple):
     kv: int
     dim: int
 
+    @property
+    def group_size(self) -> int:
+        return self.qo // self.kv
 
-class _Ints(NamedTuple):
-    """The lists of a launch on the GPU, int32 views of one buffer in this order."""
 
-    query_row: torch.Tensor
-    item_group: torch.Tensor
-    item_tile: torch.Tensor
-    qo_indptr: torch.Tensor
-    kv_indptr: torch.Tensor
-    last_page_len: torch.Tensor
-    state_start: torch.Tensor
-    state_indptr: torch.Tensor
-    state_index: torch.Tensor
-    no_kv_tile: torch.Tensor  # (items,) zeros
-    queries: torch.Tensor  # (1,) how many there are
-    chunk: torch.Tensor  # (1,)
+class Kernel(NamedTuple):
+    """The attention kernel that runs rectangles, on one GPU and for one model."""
+
+    key: variant.ModuleKey
+    module: Any  # of ``variant.load_module``
+    heads: Heads
+    processors: int  # of the GPU
+
+    @classmethod
+    def best(cls, key: variant.ModuleKey, heads: Heads, device: torch.device) -> Kernel:
+        """FA3 on Hopper, FA2 on other GPUs, for FP8 keys and where FA3 cannot be had.
+
+        Args:
+            key: of the FA2 module, which must be available.
+        """
+        properties = torch.cuda.get_device_properties(device)
+        hopper = key.on_hopper
+        if hopper is not None and (properties.major, properties.minor) == _HOPPER:
+            if variant.is_available(hopper):
+                key = hopper
+            else:
+                logger.warning("%s cannot be had: shared contexts are read by FA2", hopper.name)
+        return cls(key, variant.load_module(key), heads, properties.multi_processor_count)
+
+    @property
+    def slots(self) -> int:
+        """Thread blocks of one KV head that run at the same time."""
+        template = fa2 if self.key.template == "fa2" else fa3
+        return max(template.BLOCKS_PER_PROCESSOR * self.processors // self.heads.kv, 1)
+
+    def tile(self, packed_rows: int) -> int:
+        """Packed rows of a tile, if no rectangle has more than so many."""
+        if self.key.template == "fa3":
+            return fa3.TILES[self.heads.dim]
+        return fa2.tile_for(packed_rows, self.heads.dim)
+
+    def captured_sizes(self, rows: int, nbytes: int) -> WorkSizes:
+        """Sizes for every cover of a batch of so many rows that fits buffers of ``nbytes``."""
+        heads, template = self.heads, fa2 if self.key.template == "fa2" else fa3
+        return WorkSizes(
+            self.tile(rows * heads.group_size),
+            template.MOST_ROUNDS * self.slots + rows,
+            state_capacity(heads.qo, heads.dim, self.key.q_dtype.itemsize, nbytes),
+        )
 
 
 class RectangleLaunch:
-    """Plans and runs rectangles with the attention module of this package.
+    """Plans and runs rectangles.
+
+    Queries and states are *packed*: the ``group_size`` query heads of a KV head are rows of their
+    own, and the head that is left is the KV head.
 
     Args:
-        module: of :func:`flashinfer_ext.variant.load_module`.
+        kernel: to launch.
         space: uint8 on the GPU; a captured launch keeps its queries and states there.
         layout: ``"NHD"`` or ``"HND"``.
-        heads: of the model.
         page_size: tokens of a page.
-        dtype: of queries and outputs.
         captured_rows: rows of the batch of a CUDA graph, None where launches are eager.
     """
 
     def __init__(
         self,
-        module: Any,
+        kernel: Kernel,
         space: torch.Tensor,
         layout: str,
-        heads: Heads,
         page_size: int,
-        dtype: torch.dtype,
         captured_rows: int | None,
     ) -> None:
-        self._module = module
+        self._kernel = kernel
         self._space = space
         self._layout = layout
-        self._heads = heads
         self._page_size = page_size
-        self._dtype = dtype
-        self._slots = blocks_at_once(space.device, heads.kv)
         self._sizes: WorkSizes | None = None
         if captured_rows is not None:
-            shape = self._shape(captured_rows)
-            self._sizes = captured_sizes(shape, heads.dim, heads.qo, dtype.itemsize, len(space))
+            self._sizes = kernel.captured_sizes(captured_rows, len(space))
         self._buffer: torch.Tensor | None = None
         self._inv_temperature: torch.Tensor | None = None
 
     @property
     def state_lists(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of each row: ``indptr`` (rows + 1,) and ``index``, both int32."""
-        return self._ints.state_indptr, self._ints.state_index
+        return self._ints["state_indptr"], self._ints["state_index"]
 
     def plan(self, groups: Groups, inv_temperature: torch.Tensor, rows: int) -> None:
         """Lay out the work and send it to the GPU.
@@ -98,23 +131,23 @@ class RectangleLaunch:
         Raises:
             ValueError: the rectangles do not fit the captured launch.
         """
-        shape, sizes = self._shape(rows), self._sizes
+        kernel, sizes = self._kernel, self._sizes
+        shape = Shape(rows, kernel.heads.group_size, self._page_size, kernel.slots)
         longest = int(np.diff(groups.qo_indptr).max(initial=0))
-        tile = smallest_tile(longest * shape.group_size, self._heads.dim)
-        work = make_work_list(groups, shape, sizes.tile if sizes else tile, sizes)
-        self._states = max(len(work.query_row), work.states) if sizes is None else sizes.states
-        queries = len(work.query_row)
+        tile = sizes.tile if sizes else kernel.tile(longest * shape.group_size)
+        work = make_work(groups, shape, tile, sizes)
         if sizes is not None:
-            work = work.padded(sizes)
-        self._send(work, queries)
-        some = torch.nn.functional.pad(inv_temperature, (0, 1), value=1.0)  # even of no group
-        floats = some[torch.from_numpy(work.rectangle).long()]
+            work.check_fits(sizes)
+        self._states = len(work.state_row) if sizes is None else sizes.states
+        self._send(work, shape)
+        of_chunk = np.append(inv_temperature.numpy()[work.rectangle], np.float32(1.0))
+        floats = torch.from_numpy(of_chunk[self._chunk_of_group(work)])
         self._inv_temperature = self._on_device(floats, self._inv_temperature)
 
     def run(
         self, q: torch.Tensor, kv_cache: Any, indices: torch.Tensor, logits_scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Partial states of all virtual rows.
+        """Partial states.
 
         Args:
             q: (rows, num_qo_heads, head_dim).
@@ -123,26 +156,42 @@ class RectangleLaunch:
             logits_scale: softmax scale, times the factor of stored keys.
 
         Returns:
-            ``(v, s)``: (states, num_qo_heads, head_dim) like ``q``, and fp32 (states,
-            num_qo_heads), base-2 log-sum-exp; rows behind the planned states are undefined.
+            ``(v, s)``: (states, group_size, num_kv_heads, head_dim) like ``q``, and fp32 (states,
+            group_size, num_kv_heads), base-2 log-sum-exp; what lies behind the planned states is
+            undefined.
         """
-        queries, v, s = self._state_buffers()
-        ints = self._ints
-        if len(ints.item_group) == 0:
-            return v, s
-        gather_rows(q, ints.query_row, ints.queries, queries)
-        keys, values = _unpack_paged_kv_cache(kv_cache, self._layout)
-        self._module.paged_run(
+        heads, ints = self._kernel.heads, self._ints
+        queries, v, s = self._state_buffers(q.device)
+        if self._states > 0:
+            gather_packed(q, ints["state_row"], ints["state_count"], queries)
+            packed = (self._states * heads.group_size, heads.kv, heads.dim)
+            self._launch(
+                queries.view(packed), kv_cache, indices, v.view(packed), s.view(packed[:2]),
+                logits_scale,
+            )  # fmt: skip
+        return v, s
+
+    def _launch(
+        self,
+        q: torch.Tensor,
+        kv_cache: Any,
+        indices: torch.Tensor,
+        v: torch.Tensor,
+        s: torch.Tensor,
+        logits_scale: float,
+    ) -> None:
+        unused = self._ints["state_count"]
+        self._kernel.module.paged_run(
             self._space,
             self._buffer,
             self._plan_info,
-            queries,
-            keys,
-            values,
-            ints.qo_indptr,
-            ints.kv_indptr,
+            q,
+            *_unpack_paged_kv_cache(kv_cache, self._layout),
+            # FA3 reads its lists alone.
+            self._ints.get("qo_indptr", unused),
+            self._ints.get("kv_indptr", unused),
             indices,
-            ints.last_page_len,
+            self._ints.get("last_page_len", unused),
             v,
             s,
             MaskMode.NON_CAUSAL.value,
@@ -152,32 +201,46 @@ class RectangleLaunch:
             self._inv_temperature,
             logits_scale,
         )
-        return v, s
 
-    def _shape(self, rows: int) -> Shape:
-        group_size = self._heads.qo // self._heads.kv
-        return Shape(rows, group_size, self._page_size, self._slots)
+    @cached_property
+    def _is_fa3(self) -> bool:
+        return self._kernel.key.template == "fa3"
 
-    def _send(self, work: WorkList, queries: int) -> None:
-        items = len(work.item_group)
-        parts = [
-            work.query_row,
-            work.item_group,
-            work.item_tile,
-            work.qo_indptr,
-            work.kv_indptr,
-            work.last_page_len,
-            work.state_start,
-            work.state_indptr,
-            work.state_index,
-            np.zeros(items, np.int32),
-            np.array([queries], np.int32),
-            np.array([_WHOLE_GROUP], np.int32),
-        ]
-        host = torch.from_numpy(np.concatenate(parts))
+    def _lists_of(self, work: Work, shape: Shape) -> dict[str, np.ndarray]:
+        if not self._is_fa3:
+            return fa2.lists_of(work, shape.group_size, self._sizes)
+        heads, blocks = self._kernel.heads.kv, self._kernel.processors
+        size = shape.group_size, heads, shape.page_size, blocks
+        return fa3.lists_of(work, *size, self._sizes)
+
+    def _chunk_of_group(self, work: Work) -> np.ndarray:
+        """For each group that the kernel knows the chunk whose temperature it has."""
+        chunks = np.arange(len(work.rectangle))
+        if not self._is_fa3:
+            chunks = np.repeat(chunks, 2)
+        # FA2's padding belongs to a group behind those of all chunks.
+        size = len(chunks) if self._sizes is None else 2 * self._sizes.items + 1
+        return padded(chunks, size, -1)
+
+    def _send(self, work: Work, shape: Shape) -> None:
+        size = self._states
+        parts = {
+            "state_row": padded(work.state_row, size, 0),
+            "state_count": np.array([len(work.state_row)]),
+            "state_indptr": work.state_indptr,
+            "state_index": padded(work.state_index, size, 0),
+            **self._lists_of(work, shape),
+        }
+        host = torch.from_numpy(np.concatenate(list(parts.values())).astype(np.int32))
         self._buffer = self._on_device(host, self._buffer)
-        self._ints = _Ints(*self._buffer.split([len(part) for part in parts]))
-        self._plan_info = plan_info(work.tile, self._buffer, self._ints)
+        views = self._buffer.split([len(part) for part in parts.values()])
+        self._ints = dict(zip(parts, views, strict=True))
+        start = self._buffer.data_ptr()
+        offset = {name: view.data_ptr() - start for name, view in self._ints.items()}
+        if self._is_fa3:
+            self._plan_info = fa3.plan_info(offset)
+        else:
+            self._plan_info = fa2.plan_info(offset, work.tile, len(parts["item_group"]))
 
     def _on_device(self, host: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         """A captured launch reads the same addresses for ever."""
@@ -185,53 +248,23 @@ class RectangleLaunch:
             return staged(host).to(self._space.device, non_blocking=True)
         return kept.copy_(staged(host), non_blocking=True)
 
-    def _state_buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """FlashInfer asks for as many outputs as queries: all three have one length."""
-        shape = (self._states, self._heads.qo, self._heads.dim)
-        device = self._space.device
+    def _state_buffers(
+        self, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, outputs and log-sum-exps."""
+        heads, dtype = self._kernel.heads, self._kernel.key.q_dtype
+        shape = (self._states, heads.group_size, heads.kv, heads.dim)
         if self._sizes is None:
-            q, v = torch.empty((2, *shape), dtype=self._dtype, device=device)
-            return q, v, torch.empty(shape[:2], dtype=torch.float32, device=device)
-        size = shape[0] * shape[1] * shape[2] * self._dtype.itemsize
-        q, v, s = self._space[: 2 * size + shape[0] * shape[1] * 4].split(
-            [size, size, shape[0] * shape[1] * 4]
-        )
+            q, v = torch.empty((2, *shape), dtype=dtype, device=device)
+            return q, v, torch.empty(shape[:3], dtype=torch.float32, device=device)
+        size = self._states * heads.qo * heads.dim * dtype.itemsize
+        logs = self._states * heads.qo * 4
+        q, v, s = self._space[: 2 * size + logs].split([size, size, logs])
         return (
-            q.view(self._dtype).view(shape),
-            v.view(self._dtype).view(shape),
-            s.view(torch.float32).view(shape[:2]),
+            q.view(dtype).view(shape),
+            v.view(dtype).view(shape),
+            s.view(torch.float32).view(shape[:3]),
         )
-
-
-def plan_info(tile: int, buffer: torch.Tensor, ints: _Ints) -> list[int]:
-    """FlashInfer's ``PrefillPlanInfo``, in the order of its ``ToVector``; offsets in bytes."""
-
-    def offset(part: torch.Tensor) -> int:
-        return part.data_ptr() - buffer.data_ptr()
-
-    return [
-        len(ints.item_group),  # blocks of the grid
-        0,  # rows in all and where that number lies: of split KV
-        0,
-        tile,
-        offset(ints.item_group),
-        offset(ints.item_tile),
-        offset(ints.no_kv_tile),
-        0,  # merge lists of split KV
-        offset(ints.state_start),
-        offset(ints.chunk),
-        0,  # workspace and valid blocks of split KV
-        0,
-        0,
-        0,  # CUDA graph: says where the number of rows lies
-        0,  # no split KV
-    ]
-
-
-def blocks_at_once(device: torch.device, num_kv_heads: int) -> int:
-    """Thread blocks of one KV head that run at the same time, two on a multiprocessor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(2 * processors // num_kv_heads, 1)
 
 
 def staged(host: torch.Tensor) -> torch.Tensor:

@@ -155,9 +155,10 @@ def merge_states_scaled(
     Args:
         v_path: (rows, num_heads, head_dim).
         s_path: (rows, num_heads), base-2 log-sum-exp, fp32.
-        v: (states, num_heads, head_dim), see :func:`merge_states` for this and the next three.
-        s: (states, num_heads), fp32.
-        indptr: (rows + 1,).
+        v: (states, group_size, num_kv_heads, head_dim): head ``k * group_size + g`` of a state
+            stands at ``[g, k]``.
+        s: (states, group_size, num_kv_heads), fp32.
+        indptr: (rows + 1,), see :func:`merge_states` for this and the next.
         index: (indptr[-1],) at least.
         exponent: scalar or (rows,), fp32.
 
@@ -165,5 +166,6 @@ def merge_states_scaled(
         ``(v, s)`` with the shapes of ``v_path`` and ``s_path``; v has the dtype of ``v_path``. A
         row without a state that is not empty returns its path unchanged.
     """
+    v, s = v.transpose(1, 2).flatten(1, 2), s.transpose(1, 2).flatten(1, 2)
     contexts = merge_states(v, s, indptr, index)
     return merge_state_scaled(v_path, s_path, *contexts, exponent)

@@ -1,11 +1,11 @@
-"""FlashInfer's paged FA2 prefill kernel with a temperature for every request of the batch.
+"""FlashInfer's paged prefill kernels with a temperature for every group of rows.
 
 The variant is plain softmax attention whose logits are multiplied by ``sm_scale`` and by the
-request's own ``inv_temperature``; at 1 it computes what the stock kernel computes. FlashInfer
-compiles it as a module of its own (``flashinfer/jit/attention/modules.py:
-gen_customize_batch_prefill_module``, 0.6.15). A module is found in one of two places: among those
-built ahead of time by ``python -m flashinfer_ext.prebuild``, or in FlashInfer's own cache, where it
-is compiled on first use.
+group's own ``inv_temperature``; at 1 it computes what the stock kernel computes. It exists for both
+of FlashInfer's templates: FA2 runs on every GPU, FA3 on Hopper. FlashInfer compiles each as a
+module of its own (``flashinfer/jit/attention/modules.py: gen_customize_batch_prefill_module``,
+0.6.15). A module is found in one of two places: among those built ahead of time by ``python -m
+flashinfer_ext.prebuild``, or in FlashInfer's own cache, where it is compiled on first use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from flashinfer.jit import env as jit_env
@@ -31,7 +31,7 @@ _DTYPE_NAMES = {
 
 # FlashInfer calls the constructor with the index of the request in the plan; the members it reads
 # are those of its own DefaultAttention (include/flashinfer/attention/variants.cuh).
-_SOURCE = """
+_FA2_SOURCE = """
 struct ApeTemperature : AttentionVariantBase {
   static constexpr bool use_softmax = true;
   uint32_t qo_len, kv_len, window_left;
@@ -47,6 +47,29 @@ struct ApeTemperature : AttentionVariantBase {
 };
 """
 
+# Its counterpart (include/flashinfer/attention/hopper/variants.cuh).
+_FA3_SOURCE = """
+struct ApeTemperature {
+  float sm_scale_log2;
+
+  template <typename MainloopParams, typename BlockCoord>
+  __device__ ApeTemperature(const MainloopParams& params, const BlockCoord& block) {
+    constexpr int batch_idx = 7;
+    sm_scale_log2 = params.additional_params.sm_scale *
+                    params.additional_params.inv_temperature[cute::get<batch_idx>(block)] *
+                    math::log2e;
+  }
+
+  template <int NUM_ROWS_PER_THREAD>
+  __device__ auto GetAttentionUpdater() {
+    return OnlineSoftmax<NUM_ROWS_PER_THREAD, /*WITH_SCALE=*/true>(sm_scale_log2);
+  }
+
+  REGISTER_LOGITS_TRANSFORM(params, logits, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx,
+                            { return logits; })
+};
+"""
+
 
 class ModuleKey(NamedTuple):
     """What a module is compiled for."""
@@ -54,12 +77,19 @@ class ModuleKey(NamedTuple):
     q_dtype: torch.dtype  # of queries and outputs: float16 or bfloat16
     kv_dtype: torch.dtype  # the same, or float8_e4m3fn, float8_e5m2
     head_dim: int
+    template: Literal["fa2", "fa3"] = "fa2"
 
     @property
     def name(self) -> str:
         """Name of the module and of its file; the variant's own version is part of it."""
         q, kv = _DTYPE_NAMES[self.q_dtype], _DTYPE_NAMES[self.kv_dtype]
-        return f"ape_temperature_v1_q_{q}_kv_{kv}_head_dim_{self.head_dim}"
+        suffix = "_sm90" if self.template == "fa3" else ""
+        return f"ape_temperature_v1_q_{q}_kv_{kv}_head_dim_{self.head_dim}{suffix}"
+
+    @property
+    def on_hopper(self) -> ModuleKey | None:
+        """The same in Hopper's template, which has to find keys in the queries' dtype."""
+        return self._replace(template="fa3") if self.q_dtype == self.kv_dtype else None
 
 
 def jit_spec(key: ModuleKey) -> Any:
@@ -67,7 +97,7 @@ def jit_spec(key: ModuleKey) -> Any:
     from flashinfer.jit import gen_customize_batch_prefill_module
 
     return gen_customize_batch_prefill_module(
-        "fa2",
+        key.template,
         key.name,
         key.q_dtype,
         key.kv_dtype,
@@ -80,7 +110,7 @@ def jit_spec(key: ModuleKey) -> Any:
         ["sm_scale"],
         ["double"],
         "ApeTemperature",
-        _SOURCE,
+        _FA2_SOURCE if key.template == "fa2" else _FA3_SOURCE,
     )
 
 

@@ -1,16 +1,11 @@
-"""The work of one attention launch over rectangles, laid out as FlashInfer's paged kernel reads it.
+"""The work of one attention launch over rectangles: chunks, items, and who reads which state.
 
-A rectangle is a group of rows over a group of pages; a row may stand in several (*virtual rows*).
-Its pages are cut into *chunks*; a chunk over a tile of rows is an *item*, which is one thread block
-for each KV head and leaves a partial state for each of its rows.
-
-Sources: ``PrefillPlanInfo`` and ``PrefillSplitQOKVIndptr`` in
-``flashinfer/attention/scheduler.cuh``, and the kernel that reads their lists,
-``BatchPrefillWithPagedKVCacheDevice`` in ``flashinfer/attention/prefill.cuh`` (0.6.15). Here the
-lists are for its mode without split KV, in which a block computes the whole range of a group and
-writes the state where ``o_indptr`` says: each chunk is a group of its own. The ranges of groups
-need not be adjacent: chunk c is the kernel's group 2c, whose bounds are entries 2c and 2c + 1 of
-each list. The last pair is empty; items that only fill up a captured launch belong to it.
+A rectangle is a group of rows over a group of pages. Its pages are cut into *chunks*. A chunk
+leaves a partial state for each row of its rectangle, and a row's query stands where its state does:
+once for each chunk. A query is packed: the query heads of one KV head are rows of their own, so
+that a *tile* of packed rows fills a thread block. A chunk over a tile is an *item*, the work of one
+thread block for each KV head. How a kernel is told of its items is the matter of ``fa2`` and
+``fa3``.
 """
 
 from __future__ import annotations
@@ -19,20 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-TILES = (16, 64, 128)
-"""Packed rows of a tile for which the kernel is compiled (``FA2DetermineCtaTileQ``)."""
-
-_ROUNDS = 4  # at most so many thread blocks, one after the other, in each place of the GPU
-_CHUNK_TOKENS = 64  # a multiple of the tokens that the kernel reads at once
+_ROUNDS = 4  # chunks are at least as long as makes so many thread blocks, one after the other
+_CHUNK_TOKENS = 64  # a multiple of the tokens that the kernels read at once
+_ITEM_TOKENS = 128  # beginning and ending an item takes as long as reading so many
 _NEVER_SPLIT = 1 << 30
+_MOST_STATES = 8192
 
 
 class WorkSizes(NamedTuple):
     """What a captured launch is made for."""
 
-    tile: int  # packed rows, one of TILES
+    tile: int  # packed rows
     items: int  # and chunks
-    states: int  # and virtual rows
+    states: int
 
 
 class Groups(NamedTuple):
@@ -45,7 +39,7 @@ class Groups(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the layout depends on beside the rectangles."""
+    """What the work depends on beside the rectangles."""
 
     rows: int  # of the batch
     group_size: int  # query heads for each KV head; a row is so many packed rows
@@ -53,83 +47,41 @@ class Shape(NamedTuple):
     slots: int  # thread blocks of one KV head that the GPU runs at once
 
 
-class WorkList(NamedTuple):
-    """One launch, its queries and its states; int32 arrays."""
+class Work(NamedTuple):
+    """One launch; integer arrays."""
 
     tile: int
-    query_row: np.ndarray  # (virtual rows,) the row of the batch that a query is copied from
-    item_group: np.ndarray  # (items,) the kernel's group: twice the chunk
-    item_tile: np.ndarray  # (items,) the tile among those of the rectangle
-    qo_indptr: np.ndarray  # (2 * chunks + 2,) bounds among the virtual rows
-    kv_indptr: np.ndarray  # (2 * chunks + 2,) bounds among the page indices
-    last_page_len: np.ndarray  # (2 * chunks + 2,)
-    state_start: np.ndarray  # (2 * chunks + 2,) first state
-    rectangle: np.ndarray  # (2 * chunks + 2,) the chunk's rectangle, 0 for the empty pair
+    rectangle: np.ndarray  # (chunks,) index into the groups
+    rows: np.ndarray  # (chunks,) how many
+    state_start: np.ndarray  # (chunks,) where its states, and queries, begin
+    begin: np.ndarray  # (chunks,) first page index
+    end: np.ndarray  # (chunks,)
+    last_page_len: np.ndarray  # (chunks,)
+    item_chunk: np.ndarray  # (items,) longest first, tiles of a chunk side by side
+    item_tile: np.ndarray  # (items,) the tile among those of the chunk
+    state_row: np.ndarray  # (states,) the row of the batch that a query is copied from
     state_indptr: np.ndarray  # (rows + 1,) a row's states are state_index[indptr[i]:indptr[i + 1]]
     state_index: np.ndarray  # (states,)
 
-    @property
-    def states(self) -> int:
-        return len(self.state_index)
-
-    def padded(self, sizes: WorkSizes) -> WorkList:
-        """The same work in lists of fixed lengths.
-
-        Raises:
-            ValueError: it does not fit.
-        """
-        chunks = len(self.qo_indptr) // 2 - 1
-        needed = WorkSizes(
-            self.tile, max(len(self.item_group), chunks), max(len(self.query_row), self.states)
-        )
+    def check_fits(self, sizes: WorkSizes) -> None:
+        """Raises: ValueError: a captured launch of these sizes cannot do it."""
+        needed = WorkSizes(self.tile, len(self.item_chunk), len(self.state_row))
         if needed.tile != sizes.tile or needed.items > sizes.items or needed.states > sizes.states:
             raise ValueError(f"work of {needed} does not fit a launch captured for {sizes}")
-        bounds = 2 * sizes.items + 2
-        return WorkList(
-            self.tile,
-            _pad(self.query_row, sizes.states, 0),
-            _pad(self.item_group, sizes.items, bounds - 2),
-            _pad(self.item_tile, sizes.items, 0),
-            _pad(self.qo_indptr, bounds, 0),
-            _pad(self.kv_indptr, bounds, int(self.kv_indptr[-1])),
-            _pad(self.last_page_len, bounds, 1),
-            _pad(self.state_start, bounds, 0),
-            _pad(self.rectangle, bounds, 0),
-            self.state_indptr,
-            _pad(self.state_index, sizes.states, 0),
-        )
 
 
-def smallest_tile(packed_rows: int, head_dim: int) -> int:
-    """The smallest tile that holds so many packed rows, or the largest there is."""
-    tiles = TILES if head_dim < 256 else TILES[:-1]
-    return next((tile for tile in tiles if tile >= packed_rows), tiles[-1])
+def state_capacity(num_qo_heads: int, head_dim: int, itemsize: int, nbytes: int) -> int:
+    """States whose queries, outputs and log-sum-exps fit a space of ``nbytes``."""
+    return min(nbytes // (num_qo_heads * (2 * head_dim * itemsize + 4)), _MOST_STATES)
 
 
-def captured_sizes(
-    shape: Shape, head_dim: int, num_qo_heads: int, itemsize: int, nbytes: int
-) -> WorkSizes:
-    """Sizes for every cover of a batch of ``shape.rows`` that fits buffers of ``nbytes``.
-
-    The buffers hold a query and a state for each virtual row.
-    """
-    state = num_qo_heads * (2 * head_dim * itemsize + 4)
-    return WorkSizes(
-        smallest_tile(shape.rows * shape.group_size, head_dim),
-        _ROUNDS * shape.slots + shape.rows,
-        min(nbytes // state, 8192),
-    )
-
-
-def make_work_list(
-    groups: Groups, shape: Shape, tile: int, sizes: WorkSizes | None = None
-) -> WorkList:
+def make_work(groups: Groups, shape: Shape, tile: int, sizes: WorkSizes | None = None) -> Work:
     """Cut rectangles into items.
 
     Args:
         groups: rectangles; those without rows or without pages give no work.
         shape: of the batch and the GPU.
-        tile: packed rows of a tile, one of ``TILES``.
+        tile: packed rows of a tile.
         sizes: limits that chunks are chosen within, if there are any.
 
     Raises:
@@ -142,29 +94,37 @@ def make_work_list(
     length, chunks = _chunks(lens, pages, tiles, shape, sizes)
 
     of = np.repeat(np.arange(len(live)), chunks)  # the rectangle of each chunk
-    begin = groups.kv_indptr[live[of]] + _counts(chunks) * length[of]
+    begin = groups.kv_indptr[live[of]] + counts(chunks) * length[of]
     end = np.minimum(begin + length[of], groups.kv_indptr[live[of] + 1])
     is_last = end == groups.kv_indptr[live[of] + 1]
-    last_page_len = np.where(is_last, groups.last_page_len[live[of]], shape.page_size)
-    state_start = np.cumsum(lens[of]) - lens[of]
-    first_row = groups.qo_indptr[live[of]]
+    rows = lens[of]
 
-    item_chunk, item_tile = np.repeat(np.arange(len(of)), tiles[of]), _counts(tiles[of])
-    longest_first = np.argsort((begin - end)[item_chunk], kind="stable")
-    row_of_state = groups.rows[np.repeat(first_row, lens[of]) + _counts(lens[of])]
-    return WorkList(
+    longest_first = np.argsort(begin - end, kind="stable")
+    row_of_state = groups.rows[np.repeat(groups.qo_indptr[live[of]], rows) + counts(rows)]
+    return Work(
         tile,
-        _int32(groups.rows),
-        _int32(2 * item_chunk[longest_first]),
-        _int32(item_tile[longest_first]),
-        _pairs(first_row, first_row + lens[of], 0),
-        _pairs(begin, end, int(groups.kv_indptr[-1])),
-        _pairs(last_page_len, last_page_len, 1),
-        _pairs(state_start, state_start, 0),
-        _pairs(live[of], live[of], 0),
-        _int32(np.append(0, np.cumsum(np.bincount(row_of_state, minlength=shape.rows)))),
-        _int32(np.argsort(row_of_state, kind="stable")),
+        rectangle=live[of],
+        rows=rows,
+        state_start=np.cumsum(rows) - rows,
+        begin=begin,
+        end=end,
+        last_page_len=np.where(is_last, groups.last_page_len[live[of]], shape.page_size),
+        item_chunk=np.repeat(longest_first, tiles[of][longest_first]),
+        item_tile=counts(tiles[of][longest_first]),
+        state_row=row_of_state,
+        state_indptr=np.append(0, np.cumsum(np.bincount(row_of_state, minlength=shape.rows))),
+        state_index=np.argsort(row_of_state, kind="stable"),
     )
+
+
+def counts(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each length, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
+def padded(values: np.ndarray, size: int, value: int) -> np.ndarray:
+    return np.pad(values, (0, size - len(values)), constant_values=value)
 
 
 def _chunks(
@@ -184,7 +144,8 @@ def _chunks(
         items, states = int((tiles * chunks).sum()), int((lens * chunks).sum())
         if sizes is not None and (items > sizes.items or states > sizes.states):
             continue
-        cost = _tokens_of_the_last(np.minimum(length, pages), tiles * chunks, shape)
+        tokens = np.minimum(length, pages) * shape.page_size + _ITEM_TOKENS
+        cost = _tokens_of_the_last(tokens, tiles * chunks, shape)
         cost += shape.group_size * states / shape.slots
         if cost < best_cost:
             best, best_cost = (length, chunks), cost
@@ -193,13 +154,13 @@ def _chunks(
     return best
 
 
-def _tokens_of_the_last(lengths: np.ndarray, items: np.ndarray, shape: Shape) -> float:
+def _tokens_of_the_last(tokens: np.ndarray, items: np.ndarray, shape: Shape) -> float:
     """An upper bound of what the busiest place of the GPU reads, longest items first.
 
     The lower of two: rounds that each take as long as their longest item, and all work spread
     evenly with one longest item on top.
     """
-    each = np.sort(np.repeat(lengths, items))[::-1] * shape.page_size
+    each = np.sort(np.repeat(tokens, items))[::-1]
     if len(each) == 0:
         return 0.0
     spread = each.sum() / shape.slots + each[0] * (1 - 1 / shape.slots)
@@ -223,22 +184,3 @@ def _candidates(pages: np.ndarray, tiles: np.ndarray, shape: Shape, step: int) -
 
 def _ceil_div(values: np.ndarray, by: np.ndarray | int) -> np.ndarray:
     return -(-values // by)
-
-
-def _counts(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each length, one after the other."""
-    ends = np.cumsum(lengths)
-    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-
-
-def _pairs(first: np.ndarray, second: np.ndarray, last: int) -> np.ndarray:
-    pairs = np.stack([first, second], axis=1).ravel()
-    return _int32(np.append(pairs, [last, last]))
-
-
-def _pad(values: np.ndarray, size: int, value: int) -> np.ndarray:
-    return _int32(np.pad(values, (0, size - len(values)), constant_values=value))
-
-
-def _int32(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values, dtype=np.int32)

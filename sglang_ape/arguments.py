@@ -81,6 +81,13 @@ FLAGS = (
         "Tokens of contexts that the server knows by id, at 4 bytes each; every context counts "
         "256 more. Beyond it the least recently used are forgotten.",
     ),
+    Flag(
+        "ape_disable_shared_reads",
+        bool,
+        False,
+        "Decode on a GPU without the rectangles that read a context once for all requests of the "
+        "batch that have it; saves the CUDA graphs for them.",
+    ),
 )
 
 

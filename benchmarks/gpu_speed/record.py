@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("ape", "flashinfer", "fa3")
+ENGINES = ("ape", "apart", "flashinfer", "fa3")  # apart: APE without shared reads
 
 
 class Record:

@@ -15,7 +15,7 @@ from benchmarks.gpu_speed.record import ENGINES
 from benchmarks.gpu_speed.scale import SCALES, Scale
 from benchmarks.gpu_speed.timing import Summary, summarise
 
-STOCK = ENGINES[1:]
+OURS, STOCK = ENGINES[:2], ENGINES[2:]
 NONE = "-"
 
 
@@ -43,6 +43,8 @@ class Figure(NamedTuple):
     comparison: Comparison
     targets: dict[str, float]  # by stock engine
 
+
+_DECODE_TARGETS = {8: {"flashinfer": 1.05}, 32: {"flashinfer": 0.45}}  # by batch
 
 UNITS = {"ms": 1e3, "s": 1.0, "GB": 1e-9}
 
@@ -96,9 +98,20 @@ def figures(scale: Scale) -> dict[str, list[Figure]]:
                 f"decode/{length}x{batch}",
                 "ms",
                 COST,
-                {"flashinfer": 1.05},
+                _DECODE_TARGETS.get(batch, {"flashinfer": 1.05, "apart": 1.02}),
             )
             for length, batch in scale.decode
+        ],
+        "Decode step of requests that have some of a set of contexts": [
+            same(
+                f"{case.taken} of {case.contexts} contexts{' each' if case.disjoint else ''}, "
+                f"batch of {case.batch}",
+                case.name,
+                "ms",
+                COST,
+                {"apart": 1.02 if case.disjoint or case.batch == 1 else 0.65},
+            )
+            for case in scale.overlap
         ],
         "Plain requests": [
             *(
@@ -203,7 +216,7 @@ def floors(scale: Scale) -> Iterator[Floor]:
         whole = sequential_operations(shape, scale.prefix + length + scale.query)
         count = length // scale.context
         parts = parallel_operations(shape, scale.prefix, count, scale.context, scale.query)
-        work = {"ape": float(parts)} | dict.fromkeys(STOCK, float(whole))
+        work = dict.fromkeys(OURS, float(parts)) | dict.fromkeys(STOCK, float(whole))
         yield Floor(f"first token, {length} cold", f"cold/{length}", work, "matmul")
     own = scale.query + scale.decode_tokens / 2
     for length, batch in scale.decode:
@@ -214,6 +227,10 @@ def floors(scale: Scale) -> Iterator[Floor]:
             dict.fromkeys(ENGINES, read),
             "copy",
         )
+    for case in scale.overlap:
+        shared = case.batch * case.taken if case.disjoint else case.contexts
+        read = decode_bytes(shape, case.batch, scale.prefix + shared * scale.context, own)
+        yield Floor(f"decode step, {case.name}", case.name, dict.fromkeys(OURS, read), "copy")
 
 
 def rate_of(records: dict[str, dict[str, Any]], name: str) -> float | None:
@@ -244,9 +261,11 @@ def report(records: dict[str, dict[str, Any]]) -> str:
     """Everything in markdown; figures that were not measured show a dash."""
     scale = SCALES[next(iter(records.values()))["scale"]]
     parts = []
+    others = [name for name in ENGINES[1:] if name in records]
     for title, rows in figures(scale).items():
-        header = ["", *ENGINES, *(f"against {name}" for name in STOCK)]
-        parts += [f"### {title}", markdown_table(header, [_row(row, records) for row in rows])]
+        header = ["", "ape", *others, *(f"against {name}" for name in others)]
+        table = markdown_table(header, [_row(row, records, others) for row in rows])
+        parts += [f"### {title}", table]
     rows_of_floors = floor_rows(records, scale)
     if rows_of_floors:
         header = ["", "engine", "work", "floor", "measured", "share reached"]
@@ -258,11 +277,14 @@ def report(records: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _row(figure: Figure, records: dict[str, dict[str, Any]]) -> list[str]:
+def _row(figure: Figure, records: dict[str, dict[str, Any]], others: list[str]) -> list[str]:
     ape = value_of(records.get("ape"), figure.ape)
-    stock = {name: value_of(records.get(name), figure.stock) for name in STOCK}
-    values = [show_value(value, figure.unit) for value in (ape, *stock.values())]
-    ratios = [compare(figure, ape, value, name) for name, value in stock.items()]
+    found = {
+        name: value_of(records[name], figure.stock if name in STOCK else figure.ape)
+        for name in others
+    }
+    values = [show_value(value, figure.unit) for value in (ape, *found.values())]
+    ratios = [compare(figure, ape, value, name) for name, value in found.items()]
     return [figure.title, *values, *ratios]
 
 

@@ -18,7 +18,7 @@ from benchmarks.gpu_speed.record import Record
 from benchmarks.gpu_speed.scale import Scale
 from benchmarks.gpu_speed.sections import Sections
 
-SECTIONS = ("floor", "plain", "cold", "ttft", "decode", "e2e", "memory")
+SECTIONS = ("floor", "plain", "cold", "ttft", "decode", "overlap", "e2e", "memory")
 _WITHOUT_ENGINE = ("floor", "memory")
 
 
@@ -37,9 +37,10 @@ def engine_arguments(
         "log_level": "warning",
         "attention_backend": "fa3" if engine == "fa3" else "flashinfer",
     }
-    if engine == "ape":
+    if engine in ("ape", "apart"):
         arguments |= {
             "enable_ape": True,
+            "ape_disable_shared_reads": engine == "apart",
             "ape_max_context_tokens": scale.longest,
             "ape_temperature": TEMPERATURE,
             "ape_scale": SCALE,

@@ -17,6 +17,20 @@ class Mixed(NamedTuple):
     repeats: int
 
 
+class Overlap(NamedTuple):
+    """A batch whose requests have each some of a set of contexts."""
+
+    contexts: int
+    taken: int
+    batch: int
+    disjoint: bool = False  # request i takes the i-th ``taken`` of them; else at random
+
+    @property
+    def name(self) -> str:
+        kind = "own" if self.disjoint else "of"
+        return f"overlap/{self.taken}{kind}{self.contexts}x{self.batch}"
+
+
 class Scale(NamedTuple):
     name: str
     shape: Shape
@@ -29,6 +43,7 @@ class Scale(NamedTuple):
     ttft: dict[int, int]  # timed repeats by length of all contexts
     cold: dict[int, int]
     decode: tuple[tuple[int, int], ...]  # (length of all contexts, batch)
+    overlap: tuple[Overlap, ...]
     decode_tokens: int
     decode_repeats: int
     e2e_length: int
@@ -42,7 +57,8 @@ class Scale(NamedTuple):
 
     @property
     def longest(self) -> int:
-        return max([*self.ttft, *self.cold, *(length for length, _ in self.decode)])
+        lengths = [*self.ttft, *self.cold, *(length for length, _ in self.decode)]
+        return max([*lengths, *(case.taken * self.context for case in self.overlap)])
 
 
 K = 1024
@@ -59,6 +75,12 @@ FULL = Scale(
     ttft={2 * K: 5, 8 * K: 5, 32 * K: 5, 128 * K: 3},
     cold={8 * K: 3, 32 * K: 3, 128 * K: 2},
     decode=((2 * K, 1), (32 * K, 1), (32 * K, 8), (32 * K, 32), (128 * K, 1)),
+    overlap=(
+        Overlap(32, 16, 32),
+        Overlap(128, 128, 64),
+        Overlap(32, 32, 1),
+        Overlap(64, 8, 8, disjoint=True),
+    ),
     decode_tokens=96,
     decode_repeats=2,
     e2e_length=128 * K,
@@ -83,6 +105,7 @@ TINY_SCALE = Scale(
     ttft={64: 2, 128: 2},
     cold={64: 2, 128: 2},
     decode=((64, 1), (64, 2), (128, 1)),
+    overlap=(Overlap(4, 2, 3), Overlap(4, 2, 2, disjoint=True)),
     decode_tokens=12,
     decode_repeats=2,
     e2e_length=128,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from benchmarks.gpu_speed.client import Client
 from benchmarks.gpu_speed.record import Record
-from benchmarks.gpu_speed.scale import Scale
+from benchmarks.gpu_speed.scale import Overlap, Scale
 from benchmarks.gpu_speed.texts import Documents, Prompt, Texts
 from benchmarks.gpu_speed.timing import (
     all_intervals,
@@ -111,6 +111,19 @@ class Sections:
                 prompts = [self._ask(documents) for _ in range(batch)]
                 self._decode(f"decode/{length}x{batch}", prompts, documents)
 
+    def overlap(self) -> None:
+        """The time between tokens of batches whose requests have some of a set of contexts.
+
+        APE only: to a stock engine, each choice and order of contexts is a prompt of its own.
+        """
+        if not self._client.parallel:
+            return
+        for case in self._scale.overlap:
+            documents = self._ensure_cached(case.contexts * self._scale.context)
+            for _ in range(self._scale.decode_repeats):
+                prompts = [self._some(documents, case, i) for i in range(case.batch)]
+                self._decode(case.name, prompts, self._some(documents, case, 0).documents)
+
     def e2e(self) -> None:
         """A short question and a long answer, from sending to the last token of the batch.
 
@@ -191,6 +204,13 @@ class Sections:
         """A fresh query over documents; APE gets them in a new order."""
         order = self._texts.shuffled(documents) if self._client.parallel else documents
         return Prompt(order, self._texts.ids(self._scale.query))
+
+    def _some(self, documents: Documents, case: Overlap, request: int) -> Prompt:
+        """A fresh query over some of the documents."""
+        taken = self._texts.shuffled(documents).contexts[: case.taken]
+        if case.disjoint:
+            taken = documents.contexts[request * case.taken : (request + 1) * case.taken]
+        return self._ask(documents._replace(contexts=taken))
 
     def _ensure_cached(self, length: int) -> Documents:
         """The documents of this length that stay; the prefill that caches them is a cold one."""

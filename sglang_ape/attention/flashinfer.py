@@ -18,12 +18,18 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper, temperature_module
 from flashinfer_ext.gather import gather_kv_indices
-from flashinfer_ext.rectangles import blocks_at_once
+from flashinfer_ext.rectangles import Heads, Kernel
 from flashinfer_ext.variant import ModuleKey
-from flashinfer_ext.worklist import Shape, captured_sizes, smallest_tile
 from sglang_ape.attention.batch import ApeBatch, ape_batch, ape_batch_of_size
 from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
-from sglang_ape.attention.rectangles import EMPTY_COVER, CostModel, Cover, Planner
+from sglang_ape.attention.rectangles import (
+    EMPTY_COVER,
+    HOPPER_RATES,
+    CostModel,
+    Cover,
+    Planner,
+    Rates,
+)
 from sglang_ape.spec import ApeSpec
 
 logger = logging.getLogger(__name__)
@@ -56,6 +62,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         self._graphs: dict[tuple[int, bool], ApeCascadeAttentionWrapper] = {}  # rows, rectangles
         self._capturing: str | None = None  # the variant
         self._active: ApeCascadeAttentionWrapper | None = None  # None: the stock code's turn
+        self._shares_reads = not model_runner.server_args.ape_disable_shared_reads
         self._planner: Planner | None = None  # None: no rectangles
         self._warm_up()
         self._followed: tuple[ApeBatch | None, Cover | None] = (None, None)
@@ -225,8 +232,8 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         logger.info("preparing %s (compiled on first use, which takes minutes)", key.name)
         begin = time.perf_counter()
         custom = temperature_module(key) is not None
-        if custom:
-            self._planner = self._make_planner()
+        if custom and self._shares_reads:
+            self._planner = self._make_planner(key)
         spec = ApeSpec(1, (2, 2), 0.9, 0.9, "warm-up")
         line = torch.zeros(1, dtype=torch.int64, device=self.workspace_buffer.device)
         shape = (3, arguments["num_qo_heads"], arguments["head_dim"])
@@ -236,7 +243,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             extend_levels([spec], [4], [7]),  # a context's last row and two of the query
             decode_levels([spec], np.array([6]), ["warm-up"]),
         ]
-        if custom:
+        if self._planner is not None:
             prepared.append(rectangle_levels([spec], np.array([6]), _whole_cover(spec)))
         for levels in prepared:
             self._plan(self._eager, levels, line)
@@ -246,17 +253,15 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         kernel = key.name if custom else "FlashInfer's stock kernel"
         logger.info("attention of APE: %s, ready in %.1f s", kernel, time.perf_counter() - begin)
 
-    def _make_planner(self) -> Planner:
+    def _make_planner(self, key: ModuleKey) -> Planner:
         """Limits are those of the captured launches, whose sizes grow with the batch."""
         given = self._plan_arguments
-        heads, kv_heads, dim = given["num_qo_heads"], given["num_kv_heads"], given["head_dim"]
-        tile = smallest_tile(2**30, dim)
-        slots = blocks_at_once(self.workspace_buffer.device, kv_heads)
-        shape = Shape(rows=1, group_size=heads // kv_heads, page_size=1, slots=slots)
-        half = self.workspace_buffer.nbytes // 2
-        sizes = captured_sizes(shape, dim, heads, given["q_data_type"].itemsize, half)
-        itemsize = given["kv_data_type"].itemsize
-        costs = CostModel.of(heads, kv_heads, dim, itemsize, tile)
+        heads = Heads(given["num_qo_heads"], given["num_kv_heads"], given["head_dim"])
+        kernel = Kernel.best(key, heads, self.workspace_buffer.device)
+        sizes = kernel.captured_sizes(1, self.workspace_buffer.nbytes // 2)
+        rates = HOPPER_RATES if kernel.key.template == "fa3" else Rates()
+        costs = CostModel.of(*heads, key.kv_dtype.itemsize, kernel.tile(2**30), rates)
+        logger.info("contexts that requests share are read by %s", kernel.key.name)
         return Planner(costs, sizes.items, sizes.states)
 
 

@@ -21,29 +21,44 @@ from sglang_ape.spec import ApeSpec
 _APART_TILE = 16  # packed rows of a tile in a graph with a group for each row
 
 
+class Rates(NamedTuple):
+    """How fast one GPU reads and computes; the defaults are FlashInfer's FA2 kernel on an H100.
+
+    Memory was measured by a copy; the others are fitted to ``benchmarks.cascade_kernels``
+    (``docs/cascade.md``).
+    """
+
+    memory: float = 2.95e12  # bytes a second, the first time that a launch reads a token
+    cache: float = 8.6e12  # any further time
+    operations: float = 3.0e14  # of the attention kernel, a second
+    rectangle: float = 2e-7  # seconds: thread blocks that begin and end
+    launch: float = 2.5e-5  # seconds of the shared launches that those without rectangles lack
+
+
+HOPPER_RATES = Rates(operations=7e14, launch=1.5e-5)
+"""FlashInfer's FA3 kernel on an H100."""
+
+
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds that one layer's contexts pass takes, for one rank.
-
-    The rates were taken from one H100: memory and operations measured by a copy and by a matrix
-    product, the cache's fitted to the contexts of 32 requests read 32 times
-    (``docs/performance.md``). The costs of states, rectangles and launches are estimates.
-    """
+    """Seconds that one layer's contexts pass takes, for one rank."""
 
     token_bytes: int  # keys and values of one token
     state_bytes: int  # output and log-sum-exp of one row
     group_size: int  # query heads for each KV head: packed rows of a row
     row_operations: int  # of a packed row over one token, in all KV heads
     tile: int  # packed rows of a tile of the shared launch
-    memory_rate: float = 2.95e12  # bytes a second, the first time that a launch reads a token
-    cache_rate: float = 8.6e12  # any further time
-    operation_rate: float = 3.5e14  # of the attention kernel, a second
-    rectangle_seconds: float = 2e-7  # thread blocks that begin and end
-    launch_seconds: float = 3e-6  # gathering queries and merging lists, beside two launches
+    rates: Rates
 
     @classmethod
     def of(
-        cls, num_qo_heads: int, num_kv_heads: int, head_dim: int, kv_itemsize: int, tile: int
+        cls,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_itemsize: int,
+        tile: int,
+        rates: Rates,
     ) -> CostModel:
         """The model for one rank's heads."""
         return cls(
@@ -52,26 +67,27 @@ class CostModel:
             group_size=num_qo_heads // num_kv_heads,
             row_operations=4 * num_kv_heads * head_dim,
             tile=tile,
+            rates=rates,
         )
 
     @cached_property
     def first(self) -> float:
         """A tile of the shared launch over a token that comes from memory."""
-        return max(self.token_bytes / self.memory_rate, self._tile_seconds)
+        return max(self.token_bytes / self.rates.memory, self._tile_seconds)
 
     @cached_property
     def again(self) -> float:
         """The same over a token that was read before."""
-        return max(self.token_bytes / self.cache_rate, self._tile_seconds)
+        return max(self.token_bytes / self.rates.cache, self._tile_seconds)
 
     @cached_property
     def state(self) -> float:
         """A row of a rectangle: its query is copied, its state written and read."""
-        return 4 * self.state_bytes / self.cache_rate
+        return 4 * self.state_bytes / self.rates.cache
 
     @cached_property
     def _tile_seconds(self) -> float:
-        return self.tile * self.row_operations / self.operation_rate
+        return self.tile * self.row_operations / self.rates.operations
 
     def tiles(self, rows: int, tile: int | None = None) -> int:
         return -(-rows * self.group_size // (tile or self.tile))
@@ -80,11 +96,11 @@ class CostModel:
         """A rectangle over tokens read for the first time, and tokens read before."""
         tiles = self.tiles(rows)
         read = fresh * (self.first + (tiles - 1) * self.again) + repeated * tiles * self.again
-        return read + self.rectangle_seconds + rows * self.state
+        return read + self.rates.rectangle + rows * self.state
 
     def apart(self, distinct: int, read: int) -> float:
         """The launches without rectangles, which read so many tokens, some more than once."""
-        return (distinct / self.memory_rate + (read - distinct) / self.cache_rate) * (
+        return (distinct / self.rates.memory + (read - distinct) / self.rates.cache) * (
             self.token_bytes
         )
 
@@ -278,7 +294,7 @@ class Planner:
     def _sharing_is_hopeless(self) -> bool:
         """Each distinct token read once, and nothing more, costs no less than the launches do."""
         distinct = sum(found.tokens for found in self._classes.values())
-        bound = self.costs.launch_seconds + distinct * self.costs.first
+        bound = self.costs.rates.launch + distinct * self.costs.first
         return bound >= self._seconds_apart()
 
     def _seconds_apart(self) -> float:
@@ -333,7 +349,7 @@ class Planner:
 
     def _seconds(self, rectangles: dict[int, list[int]]) -> float:
         read: set[int] = set()
-        seconds = self.costs.launch_seconds
+        seconds = self.costs.rates.launch
         for members, classes in rectangles.items():
             fresh = sum(self._classes[c].tokens for c in classes if c not in read)
             repeated = sum(self._classes[c].tokens for c in classes if c in read)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from flashinfer_ext import cascade
+from flashinfer_ext import cascade, variant
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper
 
 # Norm of the error of each row beside the norm of its row. Rounded are the probabilities inside of
@@ -794,10 +794,23 @@ COVERS = {
 COVER = pytest.mark.parametrize("name", list(COVERS))
 
 
+@pytest.fixture(params=["fa2", "fa3"])
+def template(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of FlashInfer's kernels reads the rectangles."""
+    if request.param == "fa2":
+        monkeypatch.setattr(variant.ModuleKey, "on_hopper", None)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("FA3 is for Hopper")
+
+
+either_kernel = pytest.mark.usefixtures("template")
+
+
 def path_lens(rows: int) -> list[int]:
     return [1 + 13 * i for i in range(rows)]
 
 
+@either_kernel
 @COVER
 @pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
 @pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
@@ -820,6 +833,7 @@ def test_covers_by_rectangles_equal_the_formula(
     assert_equals_cover(cover, actual)
 
 
+@either_kernel
 def test_rectangles_of_two_temperatures_equal_the_formula(workspace: torch.Tensor) -> None:
     rectangles = [Rectangle(range(i % 2, 40, 2), 200 + 300 * i) for i in range(6)]
     cover = make_cover(Shape(), rectangles, path_lens(40), mixed=True)
@@ -829,6 +843,15 @@ def test_rectangles_of_two_temperatures_equal_the_formula(workspace: torch.Tenso
     assert_equals_cover(cover, actual)
 
 
+def test_rectangles_of_fp8_keys_equal_the_formula(workspace: torch.Tensor) -> None:
+    rectangles, rows = COVERS["overlap"]
+    cover = make_cover(Shape(kv_dtype=torch.float8_e4m3fn), rectangles, path_lens(rows))
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan_cover(wrapper, cover)
+    assert_equals_cover(cover, wrapper.run(cover.batch.q, cover.batch.cache, return_lse=True))
+
+
+@either_kernel
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
 def test_a_captured_run_follows_every_cover(
@@ -871,6 +894,7 @@ def test_a_captured_run_follows_every_cover(
         assert_equals_cover(cover, (out.clone(), lse.clone()))
 
 
+@either_kernel
 def test_too_many_rectangles_for_a_captured_run_are_refused(workspace: torch.Tensor) -> None:
     rectangles = [Rectangle(range(64), 1) for _ in range(400)]
     cover = make_cover(Shape(), rectangles, path_lens(64))

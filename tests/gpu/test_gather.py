@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from flashinfer_ext.gather import gather_kv_indices, gather_kv_indices_reference, gather_rows
+from flashinfer_ext.gather import gather_kv_indices, gather_kv_indices_reference, gather_packed
 
 Segment = tuple[int, int, int]  # index of the row, first column, columns
 
@@ -71,11 +71,30 @@ def test_a_table_of_more_slots_than_int32_counts_is_read_at_the_right_place() ->
     assert_gathers(table, rows, segments)
 
 
+def packed(rows: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Head ``k * group_size + g`` of a row goes to ``[g, k]``."""
+    return torch.stack([rows[:, g::group_size] for g in range(group_size)], dim=1)
+
+
 @pytest.mark.parametrize("count", [0, 1, 700, 3000])
-def test_rows_are_gathered_as_far_as_they_are_counted(count: int) -> None:
-    source = torch.randn(64, 2, 32, 128, device="cuda").bfloat16()[:, 0]
+@pytest.mark.parametrize(("group_size", "kv_heads"), [(1, 32), (4, 8), (7, 4), (5, 1)])
+def test_rows_are_gathered_and_packed_as_far_as_they_are_counted(
+    group_size: int, kv_heads: int, count: int
+) -> None:
+    source = torch.randn(64, 2, group_size * kv_heads, 128, device="cuda").bfloat16()[:, 0]
     rows = torch.randint(64, (3000,), device="cuda").int()
-    out = torch.full((3000, 32, 128), torch.nan, dtype=torch.bfloat16, device="cuda")
-    gather_rows(source, rows, torch.tensor([count], dtype=torch.int32, device="cuda"), out)
-    assert torch.equal(out[:count], source[rows[:count].long()])
+    shape = (3000, group_size, kv_heads, 128)
+    out = torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+    gather_packed(source, rows, torch.tensor([count], dtype=torch.int32, device="cuda"), out)
+    assert torch.equal(out[:count], packed(source[rows[:count].long()], group_size))
     assert bool(out[count:].isnan().all())
+
+
+def test_more_elements_than_int32_counts_are_written_at_the_right_place() -> None:
+    source = torch.randn(64, 32, 128, device="cuda").bfloat16()
+    rows = torch.arange(2**19 + 3, dtype=torch.int32, device="cuda") % 64
+    out = torch.zeros(len(rows), 4, 8, 128, dtype=torch.bfloat16, device="cuda")  # 4.3 GB
+    assert out.numel() > 2**31
+    gather_packed(source, rows, torch.tensor([len(rows)], dtype=torch.int32, device="cuda"), out)
+    for part in (slice(5), slice(-5, None)):
+        assert torch.equal(out[part], packed(source[rows[part].long()], 4))

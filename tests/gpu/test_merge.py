@@ -167,6 +167,14 @@ def test_a_captured_merge_reads_its_inputs_at_each_replay() -> None:
 ##### Many states
 
 
+def packed(rows: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Head ``k * group_size + g`` of a row goes to ``[g, k]``."""
+    return torch.stack([rows[:, g::group_size] for g in range(group_size)], dim=1)
+
+
+PackedShape = tuple[int, int, int]  # group size, KV heads, head dimension
+
+
 class States(NamedTuple):
     v_path: torch.Tensor
     s_path: torch.Tensor
@@ -180,9 +188,7 @@ class States(NamedTuple):
 LENS = [0, 1, 2, 15, 16, 17, 33, 0, 200]
 
 
-def random_states(
-    lens: list[int], heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0
-) -> States:
+def random_states(lens: list[int], shape: PackedShape, dtype: torch.dtype, seed: int = 0) -> States:
     """States in random order; every ninth is empty, of either kind."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -190,14 +196,16 @@ def random_states(
         return torch.randn(*shape, generator=generator, device="cuda")
 
     rows, count = len(lens), sum(lens) + 5
-    s = 10 * randn(count, heads)
+    group_size, kv_heads, head_dim = shape
+    heads = group_size * kv_heads
+    s = 10 * randn(count, group_size, kv_heads)
     s[::9], s[4::18] = EMPTY
     order = torch.randperm(count, generator=generator, device="cuda")
     exponents = 15 * torch.rand(rows, generator=generator, device="cuda") ** 3
     return States(
         randn(rows, heads, head_dim).to(dtype),
         10 * randn(rows, heads),
-        randn(count, heads, head_dim).to(dtype),
+        randn(count, *shape).to(dtype),
         s,
         torch.tensor([0, *lens], device="cuda").cumsum(0).int(),
         order[: sum(lens)].int(),
@@ -212,11 +220,9 @@ def expected_states(states: States, v_scale: float = 1.0) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("heads", "head_dim"), [(32, 128), (28, 64), (5, 80)])
-def test_many_merged_states_equal_the_reference(
-    heads: int, head_dim: int, dtype: torch.dtype
-) -> None:
-    states = random_states(LENS * 4, heads, head_dim, dtype)
+@pytest.mark.parametrize("shape", [(4, 8, 128), (7, 4, 64), (1, 5, 80)])
+def test_many_merged_states_equal_the_reference(shape: PackedShape, dtype: torch.dtype) -> None:
+    states = random_states(LENS * 4, shape, dtype)
     out, lse = merge_states_scaled(*states)
     expected, expected_lse = expected_states(states)
     assert_near(out, expected)
@@ -227,7 +233,7 @@ def test_many_merged_states_equal_the_reference(
 @pytest.mark.parametrize("v_scale", [1.0, 0.25])
 @pytest.mark.parametrize("want_lse", [False, True])
 def test_many_states_in_place_give_the_same(want_lse: bool, v_scale: float) -> None:
-    states = random_states(LENS * 4, 32, 128, torch.bfloat16)
+    states = random_states(LENS * 4, (4, 8, 128), torch.bfloat16)
     expected, expected_lse = expected_states(states, v_scale)
     launch_merge_states(*states, states.v_path, states.s_path if want_lse else None, v_scale)
     assert_near(states.v_path, expected)
@@ -235,17 +241,21 @@ def test_many_states_in_place_give_the_same(want_lse: bool, v_scale: float) -> N
         assert_logs_near(states.s_path, expected_lse)
 
 
-def test_one_state_a_row_is_the_merge_of_two() -> None:
+@pytest.mark.parametrize("group_size", [1, 4, 32])
+def test_one_state_a_row_is_the_merge_of_two(group_size: int) -> None:
     merge = random_merge(300, 32, 128, torch.bfloat16)
+    states = packed(merge.v_b, group_size), packed(merge.s_b, group_size)
     one = torch.arange(301, dtype=torch.int32, device="cuda")
-    out, lse = merge_states_scaled(*merge[:4], one, one[:-1], merge.exponents)
+    path = merge.v_a, merge.s_a
+    out, lse = merge_states_scaled(*path, *states, one, one[:-1], merge.exponents)
     expected, expected_lse = merge_state_scaled(*merge)
     assert error(out, expected) <= TOLERANCE_OF_ROUNDED
     assert_logs_near(lse, expected_lse)
 
 
 def test_a_captured_merge_of_many_follows_its_lists() -> None:
-    static = random_states([40] * 16, 32, 128, torch.bfloat16)
+    shape = (4, 8, 128)
+    static = random_states([40] * 16, shape, torch.bfloat16)
     out, lse = torch.full_like(static.v_path, math.nan), torch.full_like(static.s_path, math.nan)
     launch_merge_states(*static, out, lse)  # compiles, which a capture may not
     torch.cuda.synchronize()
@@ -253,7 +263,7 @@ def test_a_captured_merge_of_many_follows_its_lists() -> None:
     with torch.cuda.graph(graph):
         launch_merge_states(*static, out, lse)
     for seed, lens in ((1, [0] * 16), (2, [3, 0, 77, 1] * 4), (3, [40] * 16)):
-        fresh = random_states(lens, 32, 128, torch.bfloat16, seed)
+        fresh = random_states(lens, shape, torch.bfloat16, seed)
         for kept, new in zip(static, fresh, strict=True):
             kept[: len(new)] = new
         graph.replay()

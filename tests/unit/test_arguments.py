@@ -118,6 +118,7 @@ def test_the_flags_and_their_defaults_are_those_of_the_contract() -> None:
         "ape_max_context_tokens": None,
         "ape_max_pinned_tokens": None,
         "ape_store_max_tokens": 16_777_216,
+        "ape_disable_shared_reads": False,
     }
 
 

@@ -11,27 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sglang_ape.attention.rectangles import CostModel, Cover, Planner, Reader
+from sglang_ape.attention.rectangles import CostModel, Cover, Planner, Rates, Reader
 from sglang_ape.spec import ApeSpec
 
 LENGTHS = {"a": 1, "b": 40, "c": 900, "d": 5000, "e": 30, "f": 1200, "g": 2, "h": 300}
-COSTS = CostModel.of(32, 8, 128, 2, tile=128)
+COSTS = CostModel.of(32, 8, 128, 2, 128, Rates(launch=3e-6))
 # With these, any sharing pays and nothing is hidden behind "apart"; and with those, states are so
 # dear that small classes are dissolved.
-EAGER = CostModel(
-    1000,
-    0,
-    4,
-    0,
-    128,
-    memory_rate=1e12,
-    cache_rate=1e12,
-    rectangle_seconds=0.0,
-    launch_seconds=0.0,
-)
-DEAR_STATES = CostModel(
-    1000, 10_000, 4, 0, 128, memory_rate=1e12, cache_rate=2e12, launch_seconds=0.0
-)
+EAGER = CostModel(1000, 0, 4, 0, 128, Rates(memory=1e12, cache=1e12, rectangle=0.0, launch=0.0))
+DEAR_STATES = CostModel(1000, 10_000, 4, 0, 128, Rates(memory=1e12, cache=2e12, launch=0.0))
 MODELS = [COSTS, EAGER, DEAR_STATES]
 
 

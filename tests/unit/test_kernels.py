@@ -203,6 +203,14 @@ def test_no_rows_need_no_launch(kernels: SimpleNamespace) -> None:
     kernels.merge.launch_merge(*merge, merge.v_a, None)
 
 
+def packed(rows: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Head ``k * group_size + g`` of a row goes to ``[g, k]``."""
+    return torch.stack([rows[:, g::group_size] for g in range(group_size)], dim=1)
+
+
+PackedShape = tuple[int, int, int]  # group size, KV heads, head dimension
+
+
 class States(NamedTuple):
     """What the merge of many states takes."""
 
@@ -215,16 +223,18 @@ class States(NamedTuple):
     exponents: torch.Tensor
 
 
-def random_states(lens: list[int], heads: int, head_dim: int, dtype: torch.dtype) -> States:
+def random_states(lens: list[int], shape: PackedShape, dtype: torch.dtype) -> States:
     """Row i has ``lens[i]`` states, taken in random order from a few more than are needed."""
     generator = torch.Generator().manual_seed(3)
     rows, count = len(lens), sum(lens) + 3
+    group_size, kv_heads, head_dim = shape
+    heads = group_size * kv_heads
     indptr = torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32)
     return States(
         torch.randn(rows, heads, head_dim, generator=generator).to(dtype),
         12 * torch.randn(rows, heads, generator=generator),
-        torch.randn(count, heads, head_dim, generator=generator).to(dtype),
-        12 * torch.randn(count, heads, generator=generator),
+        torch.randn(count, *shape, generator=generator).to(dtype),
+        12 * torch.randn(count, group_size, kv_heads, generator=generator),
         indptr,
         torch.randperm(count, generator=generator)[: sum(lens)].int(),
         1.5 * torch.rand(rows, generator=generator),
@@ -235,18 +245,15 @@ def random_states(lens: list[int], heads: int, head_dim: int, dtype: torch.dtype
 def state_lists(draw: st.DrawFn) -> States:
     """Rows with no state, with a few and with more than are read at once; empty ones among them."""
     lens = draw(st.lists(st.sampled_from([0, 1, 2, 5, 16, 17, 40]), min_size=1, max_size=3))
-    heads, head_dim = draw(st.sampled_from([1, 3])), draw(st.sampled_from([64, 80]))
-    states = random_states(lens, heads, head_dim, torch.float32)
+    shape = draw(st.sampled_from([(1, 1, 64), (1, 3, 80), (3, 1, 64), (2, 3, 80)]))
+    states = random_states(lens, shape, torch.float32)
     logs = st.one_of(st.floats(-60, 60, width=32), st.sampled_from(EMPTY))
-    count = len(states.s)
-    s = draw(st.lists(logs, min_size=count * heads, max_size=count * heads))
-    s_path = draw(st.lists(logs, min_size=len(lens) * heads, max_size=len(lens) * heads))
-    exponents = draw(st.lists(st.floats(0, 15, width=32), min_size=len(lens), max_size=len(lens)))
-    return states._replace(
-        s=torch.tensor(s).view(count, heads),
-        s_path=torch.tensor(s_path).view(len(lens), heads),
-        exponents=torch.tensor(exponents),
+    s, s_path = (
+        torch.tensor(draw(st.lists(logs, min_size=x.numel(), max_size=x.numel()))).view_as(x)
+        for x in (states.s, states.s_path)
     )
+    exponents = draw(st.lists(st.floats(0, 15, width=32), min_size=len(lens), max_size=len(lens)))
+    return states._replace(s=s, s_path=s_path, exponents=torch.tensor(exponents))
 
 
 @fast
@@ -269,8 +276,11 @@ def test_the_kernel_of_many_states_equals_the_reference(
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-def test_many_states_of_every_dtype(kernels: SimpleNamespace, dtype: torch.dtype) -> None:
-    states = random_states([0, 1, 3, 33], 5, 128, dtype)
+@pytest.mark.parametrize("shape", [(1, 5, 128), (7, 2, 64)])
+def test_many_states_of_every_dtype(
+    kernels: SimpleNamespace, shape: PackedShape, dtype: torch.dtype
+) -> None:
+    states = random_states([0, 1, 3, 33], shape, dtype)
     out = torch.full_like(states.v_path, math.nan)
     kernels.merge.launch_merge_states(*states, out, None)
     wide = states._replace(v_path=states.v_path.float(), v=states.v.float())
@@ -279,15 +289,19 @@ def test_many_states_of_every_dtype(kernels: SimpleNamespace, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_pieces_of_one_state_merge_to_what_the_whole_merges_to(exponent: float) -> None:
+@pytest.mark.parametrize("group_size", [1, 2, 6])
+def test_pieces_of_one_state_merge_to_what_the_whole_merges_to(
+    group_size: int, exponent: float
+) -> None:
     """The exponent acts on the whole: the same for one state, and for it in three pieces."""
     generator = torch.Generator().manual_seed(5)
-    q, k, v = (torch.randn(n, 4, 64, generator=generator) for n in (6, 30, 30))
+    q = torch.randn(6, 6, 64, generator=generator)
+    k, v = torch.randn(2, 30, 6 // group_size, 64, generator=generator)
     path = attention_state(q, k[:9], v[:9], 0.1, causal=True)
     whole = attention_state(q, k[9:], v[9:], 0.1, causal=False)
     cuts = [(9, 10), (10, 21), (21, 30)]
     parts = [attention_state(q, k[a:b], v[a:b], 0.1, causal=False) for a, b in cuts]
-    states = [torch.cat(part) for part in zip(*parts, strict=True)]
+    states = [packed(torch.cat(part), group_size) for part in zip(*parts, strict=True)]
     index = torch.arange(18, dtype=torch.int32).view(3, 6).T.reshape(-1)
     indptr = torch.arange(7, dtype=torch.int32) * 3
     merged = merge_states_scaled(*path, *states, indptr, index, exponent)
@@ -295,7 +309,7 @@ def test_pieces_of_one_state_merge_to_what_the_whole_merges_to(exponent: float) 
         assert_near(got, wanted)
 
 
-GOOD_STATES = random_states([2, 1], 3, 64, torch.float32)
+GOOD_STATES = random_states([2, 1], (2, 3, 64), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +317,13 @@ GOOD_STATES = random_states([2, 1], 3, 64, torch.float32)
     [
         ({"v_path": GOOD_STATES.v_path[0]}, "v_path"),
         ({"s_path": GOOD_STATES.s_path[:1]}, "s_path"),
-        ({"v": GOOD_STATES.v[:, :2]}, "^v must"),
+        ({"v": GOOD_STATES.v[:, :1]}, "^v must"),
+        ({"v": GOOD_STATES.v[:, :, :2]}, "^v must"),
+        ({"v": GOOD_STATES.v[..., :32]}, "^v must"),
+        ({"v": GOOD_STATES.v.flatten(1, 2)}, "^v must"),
         ({"v": GOOD_STATES.v.half()}, "^v must"),
         ({"s": GOOD_STATES.s[:2]}, "^s must"),
+        ({"s": GOOD_STATES.s.flatten(1, 2)}, "^s must"),
         ({"s": GOOD_STATES.s.double()}, "^s must"),
         ({"indptr": GOOD_STATES.indptr[:2]}, "indptr"),
         ({"indptr": GOOD_STATES.indptr.long()}, "indptr"),
@@ -393,16 +411,22 @@ def test_the_reference_of_no_segments_is_empty(kernels: SimpleNamespace) -> None
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_rows_are_gathered_as_far_as_they_are_counted(
-    kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, count: int
+@pytest.mark.parametrize(("group_size", "kv_heads"), [(1, 3), (3, 1), (2, 3)])
+def test_rows_are_gathered_and_packed_as_far_as_they_are_counted(
+    kernels: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    group_size: int,
+    kv_heads: int,
+    count: int,
 ) -> None:
     """Two programs take five rows in turn; what lies behind them stays."""
     monkeypatch.setattr(kernels.gather, "_MAX_PROGRAMS_OF_ROWS", 2)
-    source = torch.arange(4 * 6 * 10.0).view(4, 6, 10)[:, :3]  # rows stand apart
+    heads = group_size * kv_heads
+    source = torch.arange(4 * 2 * heads * 10.0).view(4, 2 * heads, 10)[:, :heads]  # rows apart
     rows = int32(3, 0, 0, 2, 1)
-    out = torch.full((7, 3, 10), math.nan)
-    kernels.gather.gather_rows(source, rows, int32(count), out)
-    assert torch.equal(out[:count], source[rows[:count].long()])
+    out = torch.full((7, group_size, kv_heads, 10), math.nan)
+    kernels.gather.gather_packed(source, rows, int32(count), out)
+    assert torch.equal(out[:count], packed(source[rows[:count].long()], group_size))
     assert out[count:].isnan().all()
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
-from sglang_ape.attention.rectangles import EMPTY_COVER, CostModel, Planner, Reader
+from sglang_ape.attention.rectangles import EMPTY_COVER, CostModel, Planner, Rates, Reader
 from sglang_ape.spec import ApeSpec
 
 Columns = list[int]
@@ -172,7 +172,7 @@ def overlapping(draw: Any) -> tuple[list[ApeSpec | None], list[list[str]], list[
 @given(given=overlapping(), padding=st.integers(0, 2))
 def test_rectangles_send_every_row_to_its_contexts_and_its_path(given: Any, padding: int) -> None:
     specs, names, stops = given
-    costs = CostModel(1000, 0, 4, 0, 128, memory_rate=1e12, cache_rate=1e12, launch_seconds=0.0)
+    costs = CostModel(1000, 0, 4, 0, 128, Rates(memory=1e12, cache=1e12, launch=0.0))
     readers = [
         Reader.of(spec, own, "") if spec else None for spec, own in zip(specs, names, strict=True)
     ]

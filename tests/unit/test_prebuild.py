@@ -26,24 +26,25 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments of every build."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(prebuild, "build", lambda *args: calls.append(args))
+    monkeypatch.setattr(prebuild, "build", lambda *args, hopper: calls.append((*args, hopper)))
     monkeypatch.setattr(prebuild, "_complete_toolkit", lambda folder: None)
     return calls
 
 
-def test_an_architecture_alone_builds_the_module_of_bf16_models(
-    built: list[tuple[Any, ...]],
+@pytest.mark.parametrize(("arch", "hopper"), [("9.0a", True), ("8.9", False), ("10.0a", False)])
+def test_an_architecture_alone_builds_the_modules_of_bf16_models(
+    built: list[tuple[Any, ...]], arch: str, hopper: bool
 ) -> None:
-    prebuild.main(["--arch", "9.0a"])
-    assert built == [(["bfloat16"], ["auto"], [128])]
-    assert os.environ["FLASHINFER_CUDA_ARCH_LIST"] == "9.0a"
+    prebuild.main(["--arch", arch])
+    assert built == [(["bfloat16"], ["auto"], [128], hopper)]
+    assert os.environ["FLASHINFER_CUDA_ARCH_LIST"] == arch
     assert os.environ[MODULE_DIR_VARIABLE] == ""
 
 
 def test_every_option_takes_several_values(built: list[tuple[Any, ...]], tmp_path: Path) -> None:
     options = "--arch 8.0 --dtype bfloat16 float16 --kv-dtype auto float8_e4m3fn --head-dim 64 256"
     prebuild.main([*options.split(), "--output", str(tmp_path / "x" / ".." / "y")])
-    assert built == [(["bfloat16", "float16"], ["auto", "float8_e4m3fn"], [64, 256])]
+    assert built == [(["bfloat16", "float16"], ["auto", "float8_e4m3fn"], [64, 256], False)]
     assert os.environ[MODULE_DIR_VARIABLE] == str(tmp_path / "y")
 
 
@@ -73,25 +74,31 @@ def test_every_dtype_on_offer_has_a_name_in_modules(name: str) -> None:
     assert getattr(torch, name) in variant._DTYPE_NAMES
 
 
+@pytest.mark.parametrize("hopper", [False, True])
 def test_each_combination_is_built_once_into_its_place(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hopper: bool
 ) -> None:
+    built: list[ModuleKey] = []
+
     def jit_spec(key: ModuleKey) -> SimpleNamespace:
         library = tmp_path / "jit" / key.name
         library.parent.mkdir(exist_ok=True)
+        built.append(key)
         return SimpleNamespace(
             jit_library_path=library, build=lambda verbose: library.write_text(key.name)
         )
 
     monkeypatch.setenv(MODULE_DIR_VARIABLE, str(tmp_path / "out"))
     monkeypatch.setattr(variant, "jit_spec", jit_spec)
-    prebuild.build(["bfloat16", "float16"], ["auto", "float8_e4m3fn"], [64, 128])
-    keys = [
-        ModuleKey(q, kv, head_dim)
+    prebuild.build(["bfloat16", "float16"], ["auto", "float8_e4m3fn"], [64, 128], hopper)
+    keys = {
+        ModuleKey(q, kv, head_dim, template)
         for q in (torch.bfloat16, torch.float16)
-        for kv in (q, torch.float8_e4m3fn)
+        for kv, template in ((q, "fa2"), (torch.float8_e4m3fn, "fa2"), (q, "fa3"))
         for head_dim in (64, 128)
-    ]
+        if hopper or template == "fa2"
+    }
+    assert len(built) == len(keys)
     files = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {variant.prebuilt_path(key) for key in keys}
     assert all(variant.prebuilt_path(key).read_text() == key.name for key in keys)

@@ -13,14 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashinfer_ext import cascade, rectangles, reference, worklist
+from flashinfer_ext import cascade, fa2, fa3, rectangles, reference, variant
+from flashinfer_ext.rectangles import Heads, Kernel
 from flashinfer_ext.reference import attention_state
-from flashinfer_ext.worklist import Groups, Shape, WorkSizes, make_work_list
+from flashinfer_ext.worklist import Groups, Shape, WorkSizes, make_work, state_capacity
 from tests.support.oracle import one_thread
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
-SLOTS = 5
+PROCESSORS = 5
 PAGE_SIZES = [1, 4]
+KEY = variant.ModuleKey(torch.float32, torch.float32, HEAD_DIM)
 slow = settings(deadline=None, max_examples=30)
 
 
@@ -92,8 +94,36 @@ def tokens_of(
     return cache[indices[start:stop].long()].reshape(-1, *cache.shape[2:])[:kv_len]
 
 
+class Launch(NamedTuple):
+    """What both kernels are given; ``ints`` is the buffer that the plan's offsets point into."""
+
+    ints: torch.Tensor
+    q: torch.Tensor
+    kv: tuple[torch.Tensor, torch.Tensor]
+    indices: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    inv_temperature: torch.Tensor
+    logits_scale: float
+
+    def list_at(self, offset: int) -> list[int]:
+        assert offset % 4 == 0
+        return self.ints[offset // 4 :].tolist()
+
+    def attend(
+        self, group: int, rows: range, heads: Sequence[int], pages: tuple[int, int], last: int
+    ) -> None:
+        """Packed rows of one tile over a range of pages, each state written once."""
+        taken = [tokens_of(cache, self.indices, *pages, last)[:, heads] for cache in self.kv]
+        scale = self.logits_scale * float(self.inv_temperature[group])
+        at = slice(rows.start, rows.stop), heads
+        v, s = attention_state(self.q[at], *taken, scale, causal=False)
+        assert self.lse[at].isnan().all(), "a state is written twice"
+        self.out[at], self.lse[at] = v.to(self.out.dtype), s
+
+
 class Module:
-    """What FlashInfer's kernel does in its mode without split KV, block by block."""
+    """What FlashInfer's kernels do with their lists, block by block."""
 
     def paged_run(
         self,
@@ -116,35 +146,51 @@ class Module:
         inv_temperature: torch.Tensor,
         logits_scale: float,
     ) -> None:
-        assert (len(plan), mask, layout, window) == (15, 0, 0, -1)
+        assert (mask, layout, window) == (0, 0, -1)
         assert lse.shape == q.shape[:2] and out.shape == q.shape
-        blocks, _, _, tile, group_at, tile_at, kv_tile_at, _, start_at, chunk_at = plan[:10]
-        assert plan[10:] == [0] * 5
-
-        def ints_at(offset: int) -> torch.Tensor:
-            assert offset % 4 == 0
-            return ints[offset // 4 :]
-
-        assert int(ints_at(chunk_at)[0]) > 0 and not ints_at(kv_tile_at)[:blocks].any()
         out.fill_(math.nan)
         lse.fill_(math.nan)
-        size = q.shape[1] // keys.shape[2]
-        for block in range(blocks):
-            group, which = int(ints_at(group_at)[block]), int(ints_at(tile_at)[block])
-            first, stop = qo_indptr[group].item(), qo_indptr[group + 1].item()
-            kv = kv_indptr[group].item(), kv_indptr[group + 1].item()
-            taken = [
-                tokens_of(cache, indices, *kv, int(last_page_len[group]))
-                for cache in (keys, values)
-            ]
-            scale = logits_scale * float(inv_temperature[group])
-            v, s = attention_state(q[first:stop], *taken, scale, causal=False)
-            place = int(ints_at(start_at)[group])
-            for packed in range(which * tile, min((which + 1) * tile, (stop - first) * size)):
-                row, heads = packed // size, slice(packed % size, None, size)
-                assert lse[place + row, heads].isnan().all(), "a state is written twice"
-                out[place + row, heads] = v[row, heads].to(out.dtype)
-                lse[place + row, heads] = s[row, heads]
+        launch = Launch(ints, q, (keys, values), indices, out, lse, inv_temperature, logits_scale)
+        if len(plan) == 15:
+            _run_fa2(launch, plan, *(x.tolist() for x in (qo_indptr, kv_indptr, last_page_len)))
+        else:
+            _run_fa3(launch, plan)
+
+
+def _run_fa2(
+    launch: Launch, plan: list[int], qo_indptr: list[int], kv_indptr: list[int], last: list[int]
+) -> None:
+    """The mode without split KV, one block an item and KV head; here a row is one packed row."""
+    blocks, _, _, tile, group_at, tile_at, kv_tile_at, _, start_at, chunk_at = plan[:10]
+    assert plan[10:] == [0] * 5
+    assert launch.list_at(chunk_at)[0] > 0 and not any(launch.list_at(kv_tile_at)[:blocks])
+    groups, tiles = launch.list_at(group_at)[:blocks], launch.list_at(tile_at)[:blocks]
+    o_indptr = launch.list_at(start_at)
+    for group, which in zip(groups, tiles, strict=True):
+        first, stop = qo_indptr[group], qo_indptr[group + 1]
+        if first == stop:
+            continue
+        assert o_indptr[group] == first, "a query stands where its state does"
+        rows = range(first + which * tile, min(first + (which + 1) * tile, stop))
+        pages = kv_indptr[group], kv_indptr[group + 1]
+        launch.attend(group, rows, range(launch.q.shape[1]), pages, last[group])
+
+
+def _run_fa3(launch: Launch, plan: list[int]) -> None:
+    """Each block works through its own entries: a tile of one head over a range of tokens."""
+    assert len(plan) == 9 and plan[8] == 0
+    lists = [launch.list_at(offset) for offset in plan[:8]]
+    tiles, qo_indptr, kv_indptr, qo_len, kv_len, heads, work_indptr, groups = lists
+    size, tile = launch.kv[0].shape[1], fa3.TILES[launch.q.shape[2]]
+    assert work_indptr[0] == 0
+    for begin, end in pairwise(work_indptr[: PROCESSORS + 1]):
+        for i in range(begin, end):
+            first, stop = qo_indptr[i], qo_indptr[i] + qo_len[i]
+            rows = range(first + tiles[i] * tile, min(first + (tiles[i] + 1) * tile, stop))
+            assert len(rows) > 0 and kv_len[i] > 0, "the kernel has no way to leave such out"
+            pages = -(-kv_len[i] // size)
+            last = kv_len[i] - (pages - 1) * size
+            launch.attend(groups[i], rows, [heads[i]], (kv_indptr[i], kv_indptr[i] + pages), last)
 
 
 class Path:
@@ -181,8 +227,8 @@ class Path:
         return out, lse
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu() -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True, params=["fa2", "fa3"])
+def on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     def merge(*given: Any) -> None:
         *states, out, lse, v_scale = given
         v, s = reference.merge_states_scaled(*states)
@@ -191,14 +237,17 @@ def on_the_cpu() -> Iterator[None]:
             lse.copy_(s)
 
     def gather(source: Any, rows: Any, count: Any, out: Any) -> None:
-        out[: int(count)] = source[rows[: int(count)].long()]
+        taken = source[rows[: int(count)].long()]
+        out[: int(count)] = taken.unflatten(1, (KV_HEADS, -1)).transpose(1, 2)
 
     with pytest.MonkeyPatch.context() as patch, one_thread():
+        key = KEY._replace(template=request.param)
+        kernel = Kernel(key, Module(), Heads(HEADS, KV_HEADS, HEAD_DIM), PROCESSORS)
         patch.setattr(cascade, "temperature_module", lambda key: Module())
         patch.setattr(cascade, "launch_merge_states", merge)
         patch.setattr(cascade.ApeCascadeAttentionWrapper, "_wrapper", lambda self, space: Path())
-        patch.setattr(rectangles, "gather_rows", gather)
-        patch.setattr(rectangles, "blocks_at_once", lambda device, heads: SLOTS)
+        patch.setattr(rectangles, "gather_packed", gather)
+        patch.setattr(rectangles.Kernel, "best", lambda *_: kernel)
         patch.setattr(rectangles, "device_support_pdl", lambda device: False)
         yield
 
@@ -301,7 +350,7 @@ def graph_wrapper(rows: int) -> cascade.ApeCascadeAttentionWrapper:
     )
     assert wrapper._graph is not None
     wrapper._levels = [Path(), Path(wrapper._graph.indices)]  # there are no streams here
-    wrapper._key = cascade.variant.ModuleKey(torch.float32, torch.float32, HEAD_DIM)
+    wrapper._key = KEY
     wrapper._module = Module()
     return wrapper
 
@@ -333,7 +382,7 @@ def test_the_same_rows_again_plan_the_path_alone(monkeypatch: pytest.MonkeyPatch
     rows = plan_of(PROBLEM)["contexts_rows"]
     check(wrapper, PROBLEM, contexts_rows=rows)
     planned: list[None] = []
-    monkeypatch.setattr(rectangles, "make_work_list", lambda *_: planned.append(None))
+    monkeypatch.setattr(rectangles, "make_work", lambda *_: planned.append(None))
     longer = PROBLEM._replace(paths=[[240, 244], [241, 242], [243, 245]])
     # Pages of the paths come in order: what was one page longer lies behind.
     longer = longer._replace(paths=[[240, 241], [242, 243], [244, 245]])
@@ -370,7 +419,7 @@ def test_a_graph_takes_the_kind_of_plan_that_it_was_captured_with() -> None:
         wrapper.plan(**{**plan_of(PROBLEM), **changes, "contexts_rows": None})
 
 
-##### The lists
+##### The work
 
 
 @st.composite
@@ -389,88 +438,105 @@ def groups(draw: st.DrawFn) -> tuple[Groups, Shape, int]:
         indptr(pages).numpy(),
         np.array(last, np.int32),
     )
-    return made, shape, draw(st.sampled_from(worklist.TILES))
+    return made, shape, draw(st.sampled_from([*fa2.TILES, *fa3.TILES.values()]))
 
 
 @slow
 @given(given=groups())
-def test_items_cover_every_pair_of_packed_row_and_page_once(
+def test_items_cover_every_pair_of_row_and_page_once(given: tuple[Groups, Shape, int]) -> None:
+    made, shape, tile = given
+    work = make_work(made, shape, tile)
+    items = list(zip(work.item_chunk.tolist(), work.item_tile.tolist(), strict=True))
+    tiles = -(-work.rows * shape.group_size // tile)
+    assert sorted(items) == [(c, t) for c, n in enumerate(tiles.tolist()) for t in range(n)]
+    states: list[int] = []
+    found: dict[int, list[tuple[int, int]]] = {}
+    for chunk, whole in enumerate(work.rectangle.tolist()):
+        begin, end = int(work.begin[chunk]), int(work.end[chunk])
+        assert begin < end
+        own = range(int(work.state_start[chunk]), int(work.state_start[chunk] + work.rows[chunk]))
+        states += own
+        members = made.rows[made.qo_indptr[whole] : made.qo_indptr[whole + 1]]
+        assert work.state_row[own.start : own.stop].tolist() == members.tolist()
+        found.setdefault(whole, []).append((begin, end))
+        is_last = end == made.kv_indptr[whole + 1]
+        last = made.last_page_len[whole] if is_last else shape.page_size
+        assert work.last_page_len[chunk] == last
+    assert states == list(range(len(work.state_row)))
+    for whole in range(len(made.last_page_len)):
+        bounds = made.kv_indptr[whole : whole + 2].tolist()
+        is_live = made.qo_indptr[whole] < made.qo_indptr[whole + 1] and bounds[0] < bounds[1]
+        assert is_live == (whole in found)
+        if is_live:
+            chunks = sorted(found[whole])
+            assert [chunks[0][0], chunks[-1][1]] == bounds
+            assert all(a[1] == b[0] for a, b in pairwise(chunks))
+    lists = [work.state_index[a:b].tolist() for a, b in pairwise(work.state_indptr.tolist())]
+    assert sorted(state for own in lists for state in own) == states
+    assert all(work.state_row[state] == row for row, own in enumerate(lists) for state in own)
+
+
+@slow
+@given(given=groups())
+def test_work_fits_a_captured_launch_or_says_that_it_does_not(
     given: tuple[Groups, Shape, int],
 ) -> None:
-    made, shape, tile = given
-    work = make_work_list(made, shape, tile)
-    states: dict[int, set[tuple[int, int, int]]] = {i: set() for i in range(work.states)}
-    covered: set[tuple[int, int]] = set()  # (packed row, first page) of chunks
-    read = np.zeros(len(made.rows), int)
-    for group, which in zip(work.item_group.tolist(), work.item_tile.tolist(), strict=True):
-        first, stop = work.qo_indptr[group], work.qo_indptr[group + 1]
-        start, end = work.kv_indptr[group], work.kv_indptr[group + 1]
-        assert start < end and first < stop and group % 2 == 0
-        whole = work.rectangle[group]
-        assert made.kv_indptr[whole] <= start and end <= made.kv_indptr[whole + 1]
-        is_last = end == made.kv_indptr[whole + 1]
-        assert work.last_page_len[group] == (
-            made.last_page_len[whole] if is_last else shape.page_size
-        )
-        packed = range(which * tile, min((which + 1) * tile, (stop - first) * shape.group_size))
-        assert len(packed) > 0
-        for p in packed:
-            pair = first * shape.group_size + p, int(start)
-            assert pair not in covered
-            covered.add(pair)
-            state = work.state_start[group] + p // shape.group_size
-            states[state].add((int(first) + p // shape.group_size, int(start), int(end)))
-        if which == 0:
-            read[first:stop] += end - start
-    for group, (first, stop) in enumerate(pairwise(made.qo_indptr.tolist())):
-        pages = made.kv_indptr[group + 1] - made.kv_indptr[group]
-        assert (read[first:stop] == pages).all()
-    lists = [work.state_index[a:b].tolist() for a, b in pairwise(work.state_indptr.tolist())]
-    assert sorted(state for own in lists for state in own) == list(range(work.states))
-    for row, own in enumerate(lists):
-        for state in own:
-            ((place, _, _),) = states[state]
-            assert made.rows[place] == row
-
-
-@slow
-@given(given=groups())
-def test_a_captured_launch_fits_or_says_that_it_does_not(given: tuple[Groups, Shape, int]) -> None:
     made, shape, tile = given
     sizes = WorkSizes(tile, 4 * shape.slots + shape.rows, 200)
     lens, pages = np.diff(made.qo_indptr), np.diff(made.kv_indptr)
     live = (lens > 0) & (pages > 0)
     needed = int((-(-lens * shape.group_size // tile))[live].sum()), int(lens[live].sum())
-    fits = needed[0] <= sizes.items and needed[1] <= sizes.states and len(made.rows) <= 200
-    if fits:
-        work = make_work_list(made, shape, tile, sizes).padded(sizes)
-        assert len(work.item_group) == sizes.items
-        assert len(work.state_index) == len(work.query_row) == sizes.states
-        assert len(work.qo_indptr) == len(work.rectangle) == 2 * sizes.items + 2
+    if needed[0] <= sizes.items and needed[1] <= sizes.states:
+        make_work(made, shape, tile, sizes).check_fits(sizes)
     else:
         with pytest.raises(ValueError, match="fit"):
-            make_work_list(made, shape, tile, sizes).padded(sizes)
+            make_work(made, shape, tile, sizes)
 
 
-def test_long_contexts_of_many_rows_fill_the_gpu_once() -> None:
-    """32 requests over 32K tokens on an H100: one tile, 33 chunks side by side."""
+def test_work_of_another_tile_does_not_fit() -> None:
+    made = Groups(*(np.array(x, np.int32) for x in ([0, 1], [0], [0, 9], [1])))
+    work = make_work(made, Shape(1, 4, 1, 9), 64)
+    work.check_fits(WorkSizes(64, 9, 9))
+    with pytest.raises(ValueError, match="fit"):
+        work.check_fits(WorkSizes(128, 9, 9))
+
+
+@pytest.mark.parametrize(("slots", "low"), [(33, 30), (16, 16)])
+def test_long_contexts_of_many_rows_fill_the_gpu_once(slots: int, low: int) -> None:
+    """32 requests over 32K tokens on an H100: one tile, chunks side by side."""
     made = Groups(
         np.array([0, 32], np.int32),
         np.arange(32, dtype=np.int32),
         np.array([0, 32768], np.int32),
         np.ones(1, np.int32),
     )
-    work = make_work_list(made, Shape(32, 4, 1, 33), 128)
-    assert 30 <= len(work.item_group) <= 33
-    lengths = np.diff(work.kv_indptr)[work.item_group]
+    work = make_work(made, Shape(32, 4, 1, slots), 128)
+    assert low <= len(work.item_chunk) <= slots
+    lengths = (work.end - work.begin)[work.item_chunk]
     assert lengths[0] == lengths.max() and lengths[-1] == lengths.min()
+
+
+@slow
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 9))
+def test_no_block_of_fa3_has_a_whole_entry_more_than_another(lengths: list[int], n: int) -> None:
+    lengths = sorted(lengths, reverse=True)
+    block = fa3._blocks_of(np.array(lengths), n)
+    load = np.bincount(block, weights=lengths, minlength=n)
+    assert load.max() - load.min() <= lengths[0]
+    assert np.bincount(block, minlength=n).max() <= -(-len(lengths) // n)
 
 
 @pytest.mark.parametrize(
     ("packed", "head_dim", "tile"),
     [(1, 128, 16), (16, 128, 16), (17, 128, 64), (64, 64, 64), (900, 128, 128), (65, 256, 64)],
 )
-def test_the_tile_is_the_smallest_that_holds_the_rows(
+def test_the_tile_of_fa2_is_the_smallest_that_holds_the_rows(
     packed: int, head_dim: int, tile: int
 ) -> None:
-    assert worklist.smallest_tile(packed, head_dim) == tile
+    assert fa2.tile_for(packed, head_dim) == tile
+
+
+def test_states_take_what_there_is_room_for() -> None:
+    each = 32 * (2 * 128 * 2 + 4)
+    assert state_capacity(32, 128, 2, 100 * each + 1) == 100
+    assert state_capacity(32, 128, 2, 1 << 40) == 8192

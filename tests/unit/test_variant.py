@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from flashinfer_ext import cascade, variant
-from flashinfer_ext.variant import MODULE_DIR_VARIABLE, ModuleKey
+from flashinfer_ext.variant import MODULE_DIR_VARIABLE, ModuleKey, jit_spec
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-KEYS = [
-    ModuleKey(q, kv, head_dim)
-    for q, head_dim in product(HALVES, (64, 128, 256))
-    for kv in (q, *FLOAT8)
+HEAD_DIMS = (64, 128, 256)
+FA2_KEYS = [
+    ModuleKey(q, kv, head_dim) for q, head_dim in product(HALVES, HEAD_DIMS) for kv in (q, *FLOAT8)
 ]
+FA3_KEYS = [ModuleKey(q, q, head_dim, "fa3") for q, head_dim in product(HALVES, HEAD_DIMS)]
+KEYS = FA2_KEYS + FA3_KEYS
 KEY = ModuleKey(torch.bfloat16, torch.bfloat16, 128)
 
 
@@ -62,6 +63,21 @@ def test_every_key_has_a_name_and_a_file_of_its_own() -> None:
 def test_a_name_is_an_identifier(key: ModuleKey) -> None:
     """FlashInfer registers operators under it and writes it into C++ source."""
     assert key.name.isidentifier()
+
+
+def test_hoppers_template_takes_keys_of_the_queries_dtype_alone() -> None:
+    assert [key.on_hopper for key in FA2_KEYS if key.kv_dtype == key.q_dtype] == FA3_KEYS
+    assert not any(key.on_hopper for key in FA2_KEYS if key.kv_dtype in FLOAT8)
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
+def test_each_template_gets_the_variant_in_its_own_form(
+    monkeypatch: pytest.MonkeyPatch, key: ModuleKey
+) -> None:
+    monkeypatch.setattr("flashinfer.jit.gen_customize_batch_prefill_module", lambda *args: args)
+    template, name, *_, source = jit_spec(key)
+    assert (template, name) == (key.template, key.name)
+    assert ("GetAttentionUpdater" in source) == (key.template == "fa3")
 
 
 def test_a_prebuilt_module_lies_in_the_named_folder_by_version_and_architecture(
