@@ -114,5 +114,22 @@ def context_evictions(ctx: Any) -> Any:
     return counter.labels(**labels)
 
 
+def decode_steps(args: Any) -> dict[str, Any]:
+    """Counters of decode steps of batches with contexts, by how these were read.
+
+    Args:
+        args: SGLang's ``ServerArgs``.
+    """
+    from prometheus_client import Counter
+
+    labels = _labels(args)
+    counter = Counter(
+        "sglang:ape_decode_steps_total",
+        "Decode steps of batches with contexts, by whether requests shared their reading.",
+        [*labels, "reads"],
+    )
+    return {reads: counter.labels(**labels, reads=reads) for reads in ("apart", "shared")}
+
+
 def _labels(args: Any) -> dict[str, str]:
     return {"model_name": args.served_model_name, **(args.extra_metric_labels or {})}

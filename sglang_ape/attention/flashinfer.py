@@ -7,6 +7,7 @@ Source: ``layers/attention/flashinfer_backend.py`` and
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from flashinfer_ext.cascade import ApeCascadeAttentionWrapper, temperature_modul
 from flashinfer_ext.gather import gather_kv_indices
 from flashinfer_ext.rectangles import Heads, Kernel
 from flashinfer_ext.variant import ModuleKey
+from sglang_ape import metrics
 from sglang_ape.attention.batch import ApeBatch, ape_batch, ape_batch_of_size
 from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
 from sglang_ape.attention.rectangles import (
@@ -33,6 +35,9 @@ from sglang_ape.attention.rectangles import (
 from sglang_ape.spec import ApeSpec
 
 logger = logging.getLogger(__name__)
+
+TEST_ALWAYS_SHARE = "SGLANG_APE_TEST_ALWAYS_SHARE"
+"""Set for tests only, whose contexts are too short for sharing to pay."""
 
 GRAPH_VARIANT = "ape"
 SHARED_VARIANT = "ape-shared"
@@ -58,6 +63,8 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             q_data_type=stock.q_data_type,
             kv_data_type=stock.data_type,
         )
+        counted = model_runner.server_args.enable_metrics and model_runner.ps.tp_rank == 0
+        self._steps = metrics.decode_steps(model_runner.server_args) if counted else None
         self._eager = ApeCascadeAttentionWrapper(self.workspace_buffer)
         self._graphs: dict[tuple[int, bool], ApeCascadeAttentionWrapper] = {}  # rows, rectangles
         self._capturing: str | None = None  # the variant
@@ -120,10 +127,13 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
 
     def cover_of(self, batch: ApeBatch | None) -> Cover | None:
         """The rectangles of a decode batch, None where it is read without any."""
-        if batch is None or self._planner is None:
+        if batch is None:
             return None
         if batch is not self._followed[0]:
-            self._followed = batch, self._planner.follow(batch.readers)
+            cover = self._planner.follow(batch.readers) if self._planner else None
+            self._followed = batch, cover
+            if self._steps is not None:
+                self._steps["apart" if cover is None else "shared"].inc()
         return self._followed[1]
 
     def forward_extend(
@@ -261,6 +271,8 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         sizes = kernel.captured_sizes(1, self.workspace_buffer.nbytes // 2)
         rates = HOPPER_RATES if kernel.key.template == "fa3" else Rates()
         costs = CostModel.of(*heads, key.kv_dtype.itemsize, kernel.tile(2**30), rates)
+        if os.environ.get(TEST_ALWAYS_SHARE):
+            costs = costs.with_free_sharing()
         logger.info("contexts that requests share are read by %s", kernel.key.name)
         return Planner(costs, sizes.items, sizes.states)
 

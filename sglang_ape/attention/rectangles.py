@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -69,6 +69,11 @@ class CostModel:
             tile=tile,
             rates=rates,
         )
+
+    def with_free_sharing(self) -> CostModel:
+        """The same, but only what is read costs anything."""
+        rates = self.rates._replace(cache=self.rates.memory, rectangle=0.0, launch=0.0)
+        return replace(self, state_bytes=0, row_operations=0, rates=rates)
 
     @cached_property
     def first(self) -> float:

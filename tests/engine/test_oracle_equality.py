@@ -53,7 +53,7 @@ class Bench:
         new_tokens: int = NEW_TOKENS,
     ) -> dict[str, Any]:
         """Ask once, compare with the oracle, and return the answer."""
-        body = _body(prefix, contexts, query, temperature, scale, new_tokens)
+        body = request_body(prefix, contexts, query, temperature, scale, new_tokens)
         expected = self.oracle.generate(prefix, contexts, query, new_tokens, temperature, scale)
         answer = self.server.generate(body)
         self.assert_equal(answer, expected)
@@ -64,7 +64,7 @@ class Bench:
         assert_equal(answer, expected, self.deployment.tolerance, self.deployment.loses_logprobs)
 
 
-def _body(
+def request_body(
     prefix: Ids, contexts: Sequence[Ids], query: Ids, t: float, s: float, new_tokens: int
 ) -> dict[str, Any]:
     return {
@@ -159,7 +159,7 @@ def test_one_context(bench: Bench) -> None:
 
 def test_one_context_at_unit_temperature_and_scale_is_the_plain_request(bench: Bench) -> None:
     prefix, context, query = bench.texts(6, 25, 8)
-    answer = bench.server.generate(_body(prefix, [context], query, 1, 1, NEW_TOKENS))
+    answer = bench.server.generate(request_body(prefix, [context], query, 1, 1, NEW_TOKENS))
     plain = bench.server.generate(_plain_body(prefix + context + query, NEW_TOKENS))
     expected = bench.oracle.generate_plain(prefix + context + query, NEW_TOKENS)
     bench.assert_equal(answer, expected)
@@ -249,7 +249,7 @@ def test_prompt_logprobs_of_the_query_are_those_of_the_oracle(bench: Bench) -> N
     start = 5 + 39
     expected = bench.oracle.query_logprobs(prefix, contexts, query, 0.9, 0.9)
     for _ in range(2):
-        body = _body(prefix, contexts, query, 0.9, 0.9, 1) | {"logprob_start_len": start}
+        body = request_body(prefix, contexts, query, 0.9, 0.9, 1) | {"logprob_start_len": start}
         rows = bench.server.generate(body)["meta_info"]["input_token_logprobs"]
         assert [token for _, token, _ in rows] == query
         served = [logprob for logprob, *_ in rows[1:]]
@@ -265,7 +265,9 @@ def _register(bench: Bench, prefix: Ids, contexts: list[Ids], pin: bool) -> list
 
 
 def _check_by_id(bench: Bench, ids: list[str], query: Ids, expected: Completion) -> dict[str, Any]:
-    body = _body([], [], query, 0.9, 0.9, NEW_TOKENS) | {"contexts": [{"id": id} for id in ids]}
+    body = request_body([], [], query, 0.9, 0.9, NEW_TOKENS) | {
+        "contexts": [{"id": id} for id in ids]
+    }
     del body["prefix_ids"]  # it comes with the ids
     answer = bench.server.generate(body)
     bench.assert_equal(answer, expected)
@@ -314,7 +316,7 @@ def test_a_crowd_of_apes_and_plain_requests_all_get_their_own_answer(bench: Benc
         chosen = bench.rng.choices(documents, k=bench.rng.randint(1, 5))
         t, s = bench.rng.choice([(0.9, 0.9), (0.5, 1.0), (1.5, 0.7)])
         expected = bench.oracle.generate(prefix, chosen, query, new_tokens, t, s)
-        jobs.append((_body(prefix, chosen, query, t, s, new_tokens), expected))
+        jobs.append((request_body(prefix, chosen, query, t, s, new_tokens), expected))
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(bench.server.generate, [body for body, _ in jobs]))
     for answer, (_, expected) in zip(answers, jobs, strict=True):

@@ -4,14 +4,17 @@ The checkpoints are stored in the type they run in, so that what differs from th
 computes the same weights in fp32, is the rounding of activations, keys and values alone.
 """
 
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from sglang_ape.attention.flashinfer import TEST_ALWAYS_SHARE
 from tests.engine.test_oracle_equality import *  # noqa: F403  the situations
-from tests.engine.test_oracle_equality import Bench
+from tests.engine.test_oracle_equality import Bench, request_body
 from tests.support import models
 from tests.support.deployments import Deployment
 from tests.support.models import Shape
@@ -23,6 +26,8 @@ _FLAGS = (
     *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
 )
 _NO_PREFILL_GRAPHS = ("--cuda-graph-backend-prefill", "disabled")
+_METRICS = ("--enable-metrics",)
+_ALWAYS_SHARE = {TEST_ALWAYS_SHARE: "1"}
 _BF16 = Shape(num_heads=4, num_kv_heads=1, head_dim=128, dtype=torch.bfloat16)
 _FP16 = Shape(num_heads=4, num_kv_heads=1, head_dim=64, dtype=torch.float16)
 _FP16_MHA = _FP16._replace(num_kv_heads=4)
@@ -89,6 +94,32 @@ DEPLOYMENTS = (
         caches=False,
     ),
     _deployment(
+        "bf16-shared",
+        "tiny_llama",
+        _BF16,
+        (*_METRICS, *_NO_PREFILL_GRAPHS),
+        _BF16_TOLERANCE,
+        env=_ALWAYS_SHARE,
+    ),
+    _deployment(
+        "fp16-shared-small-pool-retraction",
+        "tiny_llama",
+        _FP16_MHA,
+        (*_METRICS, *_NO_PREFILL_GRAPHS),
+        _FP16_TOLERANCE,
+        env={"SGLANG_TEST_RETRACT": "true", **_ALWAYS_SHARE},
+        pool_tokens=1000,
+        loses_logprobs=True,
+    ),
+    _deployment(
+        "bf16-fp8-kv-shared-no-graphs",
+        "tiny_llama",
+        _BF16,
+        ("--kv-cache-dtype", "fp8_e4m3", "--disable-cuda-graph", *_METRICS),
+        1.0,
+        env=_ALWAYS_SHARE,
+    ),
+    _deployment(
         "bf16-fp8-kv",
         "tiny_llama",
         _BF16,
@@ -108,3 +139,30 @@ def bench(
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(model, deployment.all_flags, log, deployment.env) as server:
         yield Bench(deployment, server, Oracle(model))
+
+
+def test_requests_that_overlap_share_the_reading_of_contexts(bench: Bench) -> None:
+    if TEST_ALWAYS_SHARE not in bench.deployment.env:
+        pytest.skip("contexts of this size are read apart")
+    before = _shared_steps(bench)
+    prefix, documents = bench.ids(9), bench.texts(60, 45, 80, 30)
+    jobs = []
+    for i in range(12):
+        chosen = bench.rng.sample(documents, 1 + i % 4)
+        query, new_tokens = bench.ids(3 + i), 6 + 2 * i
+        expected = bench.oracle.generate(prefix, chosen, query, new_tokens, 0.9, 0.9)
+        jobs.append((request_body(prefix, chosen, query, 0.9, 0.9, new_tokens), expected))
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(bench.server.generate, [body for body, _ in jobs]))
+    for answer, (_, expected) in zip(answers, jobs, strict=True):
+        bench.assert_equal(answer, expected)
+    assert _shared_steps(bench) > before
+
+
+def _shared_steps(bench: Bench) -> float:
+    found = re.findall(
+        r'^sglang:ape_decode_steps_total\{.*reads="shared".*\} (\S+)$',
+        bench.server.client.get("/metrics").text,
+        re.MULTILINE,
+    )
+    return sum(map(float, found))

@@ -18,7 +18,7 @@ LENGTHS = {"a": 1, "b": 40, "c": 900, "d": 5000, "e": 30, "f": 1200, "g": 2, "h"
 COSTS = CostModel.of(32, 8, 128, 2, 128, Rates(launch=3e-6))
 # With these, any sharing pays and nothing is hidden behind "apart"; and with those, states are so
 # dear that small classes are dissolved.
-EAGER = CostModel(1000, 0, 4, 0, 128, Rates(memory=1e12, cache=1e12, rectangle=0.0, launch=0.0))
+EAGER = COSTS.with_free_sharing()
 DEAR_STATES = CostModel(1000, 10_000, 4, 0, 128, Rates(memory=1e12, cache=2e12, launch=0.0))
 MODELS = [COSTS, EAGER, DEAR_STATES]
 

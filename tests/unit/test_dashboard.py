@@ -13,7 +13,7 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from sglang_ape.metrics import EntryMetrics, Usage, context_evictions
+from sglang_ape.metrics import EntryMetrics, Usage, context_evictions, decode_steps
 
 DOCS = Path(__file__).parents[2] / "docs"
 SERVING = (DOCS / "serving.md").read_text()
@@ -39,6 +39,7 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     metrics.observe_request(Usage(1, 2, 1))
     args = SimpleNamespace(served_model_name="m", extra_metric_labels=None)
     context_evictions(SimpleNamespace(server_args=args))
+    decode_steps(args)
     return list(registry.collect())
 
 
@@ -102,7 +103,7 @@ def test_values_of_labels_that_are_asked_for_exist(ours: list[Any]) -> None:
         for name, value in sample.labels.items()
     }
     expressions = " ".join(target["expr"] for target in TARGETS)
-    asked = set(re.findall(r'(by|source)="(\w+)"', expressions + SERVING))
+    asked = set(re.findall(r'(by|source|reads)="(\w+)"', expressions + SERVING))
     assert asked and asked <= counted
 
 

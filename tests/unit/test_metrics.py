@@ -14,7 +14,7 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from sglang_ape.metrics import EntryMetrics, Usage, context_evictions, entry_metrics
+from sglang_ape.metrics import EntryMetrics, Usage, context_evictions, decode_steps, entry_metrics
 
 MODEL = {"model_name": "m"}
 
@@ -77,6 +77,7 @@ def test_nothing_is_missing_before_the_first_request(registry: CollectorRegistry
     """A counter that appears with its first value cannot be told from one that stood still."""
     EntryMetrics(MODEL)
     context_evictions(SimpleNamespace(server_args=server_args()))
+    decode_steps(server_args())
     names = {sample.name for metric in registry.collect() for sample in metric.samples}
     assert {name.removeprefix("sglang:ape_") for name in names if "_created" not in name} == {
         "requests_total",
@@ -88,6 +89,7 @@ def test_nothing_is_missing_before_the_first_request(registry: CollectorRegistry
         "store_tokens",
         "pinned_tokens",
         "evicted_contexts_total",
+        "decode_steps_total",
     }
 
 
@@ -97,9 +99,12 @@ def test_every_metric_carries_sglangs_labels(registry: CollectorRegistry) -> Non
     assert metrics is not None
     metrics.observe_request(Usage(1, 1, 0))
     context_evictions(manager).inc()
+    decode_steps(manager.server_args)["shared"].inc()
     samples = [sample for metric in registry.collect() for sample in metric.samples]
     assert {(s.labels["model_name"], s.labels["zone"]) for s in samples} == {("m", "z")}
     assert value(registry, "evicted_contexts_total", zone="z") == 1
+    assert value(registry, "decode_steps_total", zone="z", reads="shared") == 1
+    assert value(registry, "decode_steps_total", zone="z", reads="apart") == 0
 
 
 def test_where_sglangs_metrics_are_off_there_are_none(registry: CollectorRegistry) -> None:
