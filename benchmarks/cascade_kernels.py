@@ -9,10 +9,10 @@ for all of them.
 Overlap: ``batch`` requests over contexts of 1,024 tokens each, in *groups* (neighbours with equal
 sets read them once) and in *rectangles* (what the planner chooses, nothing where it chooses none).
 *floor* is each token of KV read once at the speed of a copy; *model* is what the planner expects
-of the contexts pass alone.
-Prefill: one request with 256 query rows over ``length`` cached tokens. The heads are those of
-Llama-3.1-8B (32 and 8 of 128), bf16, page size 1. Decoding is timed as CUDA graph replays, prefill
-as eager launches; medians.
+of the contexts pass alone, less what reading P once saves in the paths.
+Prefill: requests with 256 query rows each over ``length`` cached tokens that they share. The heads
+are those of Llama-3.1-8B (32 and 8 of 128), bf16, page size 1. Decoding is timed as CUDA graph
+replays, prefill as eager launches; medians.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from sglang_ape.attention.levels import Levels, decode_levels, rectangle_levels
+from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
 from sglang_ape.attention.rectangles import HOPPER_RATES, CostModel, Planner, Rates, Reader
 from sglang_ape.spec import ApeSpec
 
@@ -38,8 +38,9 @@ DECODE = [(1, 2048), (1, 32768), (1, 131072), (2, 2048), (2, 32768), (4, 2048), 
 DECODE += [(8, 2048), (8, 32768), (16, 8192), (32, 2048), (32, 32768)]
 CONTEXT = 1024
 ALL_32 = tuple(range(32))
-PREFILL = [2048, 32768, 131072]
+PREFILL = [(1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 32768)]
 KINDS = ("stock", "apart", "shared")
+PREFILL_KINDS = ("stock", "apart", "rectangles")
 OVERLAP_KINDS = ("groups", "rectangles", "floor", "model")
 COPY_BYTES_PER_SECOND = 2.95e12  # of an H100 80GB HBM3
 REPEATS = 30
@@ -57,12 +58,14 @@ def main() -> None:
         rows.append({"kind": "decode", "batch": batch, "length": length, **_decode(batch, length)})
         _show(f"decode {batch} x {length}", rows[-1])
     print(f"{'':24}" + "".join(f"{kind:>11}" for kind in OVERLAP_KINDS))
-    for name, sets in _overlaps().items():
-        rows.append({"kind": "overlap", "name": name, "batch": len(sets), **_overlap(sets)})
+    for name, given in _overlaps().items():
+        rows.append({"kind": "overlap", "name": name, "batch": len(given.sets), **_overlap(given)})
         _show(name, rows[-1], OVERLAP_KINDS)
-    for length in PREFILL:
-        rows.append({"kind": "prefill", "length": length, **_prefill(length)})
-        _show(f"prefill {QUERY} x {length}", rows[-1])
+    print(f"{'':24}" + "".join(f"{kind:>11}" for kind in PREFILL_KINDS))
+    for batch, length in PREFILL:
+        times = _prefill(batch, length)
+        rows.append({"kind": "prefill", "batch": batch, "length": length, **times})
+        _show(f"prefill {batch} x {QUERY} x {length}", rows[-1], PREFILL_KINDS)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n")
@@ -131,37 +134,48 @@ def _decode(batch: int, length: int) -> dict[str, float]:
     return times
 
 
-def _overlaps() -> dict[str, list[tuple[int, ...]]]:
-    """For each situation the contexts of each request."""
+class Overlap(NamedTuple):
+    sets: list[tuple[int, ...]]  # the contexts of each request
+    prefix: int = PREFIX
+
+
+def _overlaps() -> dict[str, Overlap]:
     chosen = random.Random(0)
 
     def some(count: int, of: int, batch: int) -> list[tuple[int, ...]]:
         return [tuple(chosen.sample(range(of), count)) for _ in range(batch)]
 
+    own = [tuple(range(4 * i, 4 * i + 4)) for i in range(32)]
     return {
-        "same 32, batch 1": [ALL_32],
-        "same 32, batch 8": [ALL_32] * 8,
-        "same 32, batch 32": [ALL_32] * 32,
-        "same 32, batch 64": [ALL_32] * 64,
-        "same 128, batch 64": [tuple(range(128))] * 64,
-        "two sets of 32, in turn": [ALL_32, tuple(range(32, 64))] * 16,
-        "16 of 32, batch 32": some(16, 32, 32),
-        "8 of 64, batch 32": some(8, 64, 32),
-        "one in common, batch 32": [(0, *range(1 + 3 * i, 4 + 3 * i)) for i in range(32)],
-        "nothing shared, batch 8": [tuple(range(8 * i, 8 * i + 8)) for i in range(8)],
+        "same 32, batch 1": Overlap([ALL_32]),
+        "same 32, batch 8": Overlap([ALL_32] * 8),
+        "same 32, batch 32": Overlap([ALL_32] * 32),
+        "same 32, batch 64": Overlap([ALL_32] * 64),
+        "same 128, batch 64": Overlap([tuple(range(128))] * 64),
+        "two sets of 32, in turn": Overlap([ALL_32, tuple(range(32, 64))] * 16),
+        "16 of 32, batch 32": Overlap(some(16, 32, 32)),
+        "8 of 64, batch 32": Overlap(some(8, 64, 32)),
+        "one in common, batch 32": Overlap([(0, *chosen[1:]) for chosen in own]),
+        "nothing shared, batch 8": Overlap([tuple(range(8 * i, 8 * i + 8)) for i in range(8)]),
+        "prefix of 8192, batch 32": Overlap(own, prefix=8192),
     }
 
 
-def _overlap(sets: list[tuple[int, ...]]) -> dict[str, float]:
-    batch, own = len(sets), PREFIX + QUERY
+def _overlap(given: Overlap) -> dict[str, float]:
+    sets, prefix = given
+    batch = len(sets)
     distinct = len({context for chosen in sets for context in chosen})
     length = (1 + max(max(chosen) for chosen in sets)) * CONTEXT
-    caches, contexts, paths = _cache(length, own, batch)
-    of_request = [torch.cat([_tokens_of(contexts, c) for c in chosen]) for chosen in sets]
-    specs = [ApeSpec(PREFIX, (CONTEXT,) * len(chosen), 0.9, 0.9, str(chosen)) for chosen in sets]
-    lens = np.array([spec.context_end + QUERY for spec in specs])
-    readers = [Reader.of(spec, chosen, chosen) for spec, chosen in zip(specs, sets, strict=True)]
-
+    caches, shared, queries = _cache(length + prefix, QUERY, batch)
+    lines = [
+        torch.cat([shared[length:], *(_tokens_of(shared, c) for c in chosen), query])
+        for chosen, query in zip(sets, queries, strict=True)
+    ]
+    specs = [ApeSpec(prefix, (CONTEXT,) * len(chosen), 0.9, 0.9, str(chosen)) for chosen in sets]
+    lens = np.array([len(line) for line in lines])
+    readers = [
+        Reader.of(spec, chosen, chosen, "P") for spec, chosen in zip(specs, sets, strict=True)
+    ]
     kernel = _kernel()
     rates = HOPPER_RATES if kernel.key.template == "fa3" else Rates()
     costs = CostModel.of(*kernel.heads, 2, kernel.tile(2**30), rates)
@@ -174,10 +188,10 @@ def _overlap(sets: list[tuple[int, ...]]) -> dict[str, float]:
         expected["model"] = cover.seconds * 1e6
     q = _normal(batch, HEADS, HEAD_DIM)
     times = {}
-    for name, given in levels.items():
-        wrapper = _cascade(given, of_request, paths)
+    for name, each in levels.items():
+        wrapper = _cascade(each, lines, use_cuda_graph=True)
         times[name] = _graph_us(lambda cache, w=wrapper: w.run(q, cache), caches)
-    tokens = distinct * CONTEXT + batch * own
+    tokens = distinct * CONTEXT + prefix + batch * QUERY
     floor = tokens * costs.token_bytes / COPY_BYTES_PER_SECOND * 1e6
     return {**times, "floor": floor, **expected}
 
@@ -190,30 +204,25 @@ def _kernel() -> Any:
     return Kernel.best(key, Heads(HEADS, KV_HEADS, HEAD_DIM), torch.device("cuda"))
 
 
-def _cascade(levels: Levels, contexts: list[torch.Tensor], paths: list[torch.Tensor]) -> Any:
-    """A captured wrapper with a plan; ``contexts`` and ``paths`` are the slots of each request."""
+def _cascade(levels: Levels, lines: list[torch.Tensor], use_cuda_graph: bool) -> Any:
+    """A wrapper with a plan; ``lines`` are the slots of each request, P first."""
     from flashinfer_ext.cascade import ApeCascadeAttentionWrapper
 
-    segments = len(levels.segment_row) - 2 * len(paths)
-    parts = [
-        contexts[row][start - PREFIX : start - PREFIX + stop - first]
-        for row, start, first, stop in zip(
-            levels.segment_row[:segments].tolist(),
-            levels.segment_start[:segments].tolist(),
-            levels.segment_indptr[:segments].tolist(),
-            levels.segment_indptr[1 : segments + 1].tolist(),
-            strict=True,
-        )
-    ]
-    indices = torch.cat([*parts, *paths])
-    wrapper = ApeCascadeAttentionWrapper(
-        _workspace(),
+    segments = zip(
+        levels.segment_row.tolist(),
+        levels.segment_start.tolist(),
+        np.diff(levels.segment_indptr).tolist(),
+        strict=True,
+    )
+    indices = torch.cat([lines[row][start : start + length] for row, start, length in segments])
+    in_graph = dict(
         use_cuda_graph=True,
-        batch_size=len(paths),
+        batch_size=len(lines),
         paged_kv_indices_buffer=indices,
         rectangles=levels.contexts_rows is not None,
     )
-    rows = levels.contexts_rows
+    wrapper = ApeCascadeAttentionWrapper(_workspace(), **(in_graph if use_cuda_graph else {}))
+    rows, groups = levels.contexts_rows, levels.path_groups
     wrapper.plan(
         [torch.from_numpy(indptr) for indptr in levels.qo_indptr],
         [torch.from_numpy(indptr) for indptr in levels.kv_indptr],
@@ -227,6 +236,7 @@ def _cascade(levels: Levels, contexts: list[torch.Tensor], paths: list[torch.Ten
         scale=torch.from_numpy(levels.scale),
         q_data_type=torch.bfloat16,
         contexts_rows=None if rows is None else torch.from_numpy(rows),
+        path_groups=None if groups is None else torch.from_numpy(groups),
     )
     return wrapper
 
@@ -235,26 +245,20 @@ def _tokens_of(contexts: torch.Tensor, context: int) -> torch.Tensor:
     return contexts[context * CONTEXT : (context + 1) * CONTEXT]
 
 
-def _prefill(length: int) -> dict[str, float]:
+def _prefill(batch: int, length: int) -> dict[str, float]:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-    from flashinfer_ext.cascade import ApeCascadeAttentionWrapper
-
-    own = PREFIX + QUERY
-    caches, contexts, paths = _cache(length, own, 1)
-    q = _normal(QUERY, HEADS, HEAD_DIM)
-    rows, one = torch.tensor([0, QUERY], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    indices = torch.cat([contexts, paths[0]])
-
-    def indptr(tokens: int) -> torch.Tensor:
-        return torch.tensor([0, tokens], dtype=torch.int32)
-
+    own, rows = PREFIX + QUERY, batch * QUERY
+    caches, contexts, paths = _cache(length, own, batch)
+    q = _normal(rows, HEADS, HEAD_DIM)
+    lines = [torch.cat([path[:PREFIX], contexts, path[PREFIX:]]) for path in paths]
     stock = BatchPrefillWithPagedKVCacheWrapper(_workspace(), backend="fa2")
+    each = torch.arange(batch + 1, dtype=torch.int32)
     stock.plan(
-        rows,
-        indptr(length + own),
-        indices,
-        one,
+        each * QUERY,
+        each * (length + own),
+        torch.cat(lines),
+        torch.ones(batch, dtype=torch.int32),
         HEADS,
         KV_HEADS,
         HEAD_DIM,
@@ -262,25 +266,16 @@ def _prefill(length: int) -> dict[str, float]:
         causal=True,
         q_data_type=q.dtype,
     )
-    wrapper = ApeCascadeAttentionWrapper(_workspace())
-    wrapper.plan(
-        [rows, rows],
-        [indptr(length), indptr(own)],
-        indices,
-        [one, one],
-        HEADS,
-        KV_HEADS,
-        HEAD_DIM,
-        1,
-        temperature=0.9,
-        scale=0.9,
-        q_data_type=q.dtype,
-    )
     out = torch.empty_like(q)
-    return {
-        "stock": _eager_us(lambda cache: stock.run(q, cache, out=out), caches),
-        "apart": _eager_us(lambda cache: wrapper.run(q, cache, out=out), caches),
-    }
+    times = {"stock": _eager_us(lambda cache: stock.run(q, cache, out=out), caches)}
+    spec = ApeSpec(PREFIX, (length,), 0.9, 0.9, "set")
+    bounds = [PREFIX + length] * batch, [length + own] * batch
+    for kind, groups in (("apart", None), ("rectangles", [list(range(batch))])):
+        wrapper = _cascade(
+            extend_levels([spec] * batch, *bounds, groups), lines, use_cuda_graph=False
+        )
+        times[kind] = _eager_us(lambda cache, w=wrapper: w.run(q, cache, out=out), caches)
+    return times
 
 
 def _cache(

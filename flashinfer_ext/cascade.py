@@ -8,12 +8,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
 from flashinfer_ext import variant
 from flashinfer_ext.merge import launch_merge, launch_merge_states
-from flashinfer_ext.rectangles import Heads, Kernel, RectangleLaunch, staged
+from flashinfer_ext.rectangles import Heads, Kernel, RectangleLaunch
+from flashinfer_ext.staging import staged
 from flashinfer_ext.worklist import Groups
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,7 @@ class ApeCascadeAttentionWrapper:
         q_data_type: torch.dtype = torch.float16,
         kv_data_type: torch.dtype | None = None,
         contexts_rows: torch.Tensor | None = None,
+        path_groups: torch.Tensor | None = None,
     ) -> None:
         """Prepare a batch; any number of ``run`` calls may follow, one a layer.
 
@@ -129,6 +132,9 @@ class ApeCascadeAttentionWrapper:
                 T. Given in the very memory of the last call, the contexts level is kept as it was
                 planned, with T and S, and only the path is planned anew. Needs the attention
                 module of this package. Default: row i at place i.
+            path_groups: bool on the CPU, (groups of the contexts level,): those that belong to the
+                paths of their rows, which lack these pages then. They are read without T, and S * T
+                does not act on them. Only with ``contexts_rows``. Default: none.
 
         Raises:
             ValueError: lengths do not fit together, T or S is out of range, or rectangles are too
@@ -139,6 +145,10 @@ class ApeCascadeAttentionWrapper:
         last = [lens.cpu() for lens in paged_kv_last_page_len]
         _check_levels(qo, kv, last, contexts_rows)
         rows, groups = int(qo[PATH][-1]), len(qo[CONTEXTS]) - 1
+        if path_groups is None:
+            path_groups = torch.zeros(groups, dtype=torch.bool)
+        elif contexts_rows is None or path_groups.shape != (groups,):
+            raise ValueError(f"path_groups: {groups} are needed, and contexts_rows")
         settings = groups if contexts_rows is None else rows
         t = _as_floats("temperature", temperature, settings)
         s = _as_floats("scale", scale, settings)
@@ -182,7 +192,7 @@ class ApeCascadeAttentionWrapper:
             self._contexts_rows = None
             self._plan_levels(qo, kv, indices, last, t, s)
         else:
-            self._plan_contexts_of_rows(contexts_rows, qo, kv, last, t, s)
+            self._plan_contexts_of_rows(contexts_rows, path_groups, qo, kv, last, t, s)
             self._indices = indices if self._graph is None else self._graph.indices
             self._plan_path(qo, kv, indices, last)
 
@@ -226,8 +236,7 @@ class ApeCascadeAttentionWrapper:
             launch_merge(v_path, s_path, v, s, *to)
         else:
             assert self._rectangles is not None
-            indptr, index = self._rectangles.state_lists
-            launch_merge_states(v_path, s_path, v, s, indptr, index, *to)
+            launch_merge_states(v_path, s_path, v, s, self._rectangles.state_lists, *to)
         return out if lse is None else (out, lse)
 
     def _plan_levels(
@@ -274,6 +283,7 @@ class ApeCascadeAttentionWrapper:
     def _plan_contexts_of_rows(
         self,
         contexts_rows: torch.Tensor,
+        path_groups: torch.Tensor,
         qo: list[torch.Tensor],
         kv: list[torch.Tensor],
         last: list[torch.Tensor],
@@ -293,16 +303,9 @@ class ApeCascadeAttentionWrapper:
             self._rows == len(self._exponents) and paths == len(self._no_temperature)
         ):
             return
-        members = contexts_rows.long()
-        lens = qo[CONTEXTS].diff()
-        of_group = torch.ones(len(lens))
-        of_group[lens > 0] = t[members[qo[CONTEXTS][:-1][lens > 0].long()]]
-        if not torch.equal(of_group.repeat_interleave(lens), t[members]):
-            raise ValueError("temperature: the rows of one group of the contexts level have one")
-        groups = Groups(
-            *(x.numpy() for x in (qo[CONTEXTS], contexts_rows, kv[CONTEXTS], last[CONTEXTS]))
-        )
-        self._rectangles.plan(groups, 1 / of_group, self._rows)
+        given = qo[CONTEXTS], contexts_rows, kv[CONTEXTS], last[CONTEXTS], path_groups
+        groups = Groups(*(x.numpy() for x in given))
+        self._rectangles.plan(groups, 1 / _temperature_of(groups, t), self._rows)
         floats = self._on_device(torch.cat([s * t, torch.ones(paths)]))
         self._exponents, self._no_temperature = floats.split([self._rows, paths])
         self._contexts_rows = contexts_rows
@@ -527,6 +530,23 @@ def _as_floats(name: str, value: Floats, count: int) -> torch.Tensor:
         shape = tuple(values.shape)
         raise ValueError(f"{name}: {shape} values, 1 or {count} are needed")
     return values.expand(count)
+
+
+def _temperature_of(groups: Groups, t: torch.Tensor) -> torch.Tensor:
+    """Of each group, from (rows,) temperatures; 1 for groups of the path.
+
+    Raises:
+        ValueError: the rows of a group differ.
+    """
+    lens = torch.from_numpy(np.diff(groups.qo_indptr))
+    of_place = t[torch.from_numpy(groups.rows).long()]
+    in_path = torch.from_numpy(groups.in_path)
+    of_place = of_place.masked_fill(in_path.repeat_interleave(lens), 1.0)
+    of_group = torch.ones(len(lens))
+    of_group[lens > 0] = of_place[torch.from_numpy(groups.qo_indptr[:-1]).long()[lens > 0]]
+    if not torch.equal(of_group.repeat_interleave(lens), of_place):
+        raise ValueError("temperature: the rows of one group of the contexts level have one")
+    return of_group
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor | None) -> bool:

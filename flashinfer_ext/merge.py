@@ -6,6 +6,8 @@ is no GPU.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -164,19 +166,29 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
         tl.store(lse + row * stride_lse + head, result, mask=in_heads)
 
 
+class StateLists(NamedTuple):
+    """Which partial states are a row's: ``index[indptr[i]:indptr[i + 1]]``; int32.
+
+    Those from ``path_start[i]`` on belong to its path, those before to its contexts.
+    """
+
+    indptr: torch.Tensor  # (rows + 1,)
+    path_start: torch.Tensor  # (rows,) places in ``index``, like ``indptr``
+    index: torch.Tensor  # (indptr[-1],) at least
+
+
 def merge_states_scaled(
     v_path: torch.Tensor,
     s_path: torch.Tensor,
     v: torch.Tensor,
     s: torch.Tensor,
-    indptr: torch.Tensor,
-    index: torch.Tensor,
+    lists: StateLists,
     exponent: torch.Tensor | float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge the partial states of each row's contexts, scale them, and merge the path with them.
 
-    With one state a row this is :func:`merge_state_scaled`. On CUDA one Triton kernel computes it
-    in fp32.
+    With one state a row, of its contexts, this is :func:`merge_state_scaled`. On CUDA one Triton
+    kernel computes it in fp32.
 
     Args:
         v_path: (rows, num_heads, head_dim), fp16, bf16 or fp32.
@@ -185,10 +197,9 @@ def merge_states_scaled(
         v: (states, group_size, num_kv_heads, head_dim), as ``v_path``: head ``k * group_size + g``
             of a state stands at ``[g, k]``.
         s: (states, group_size, num_kv_heads), as ``s_path``.
-        indptr: (rows + 1,) int32: row i merges the states ``index[indptr[i]:indptr[i + 1]]``.
-        index: (indptr[-1],) int32 at least, each less than ``states``.
+        lists: the states of each row.
         exponent: scalar or (rows,), fp32: S * T, applied to the partition sum over all states of
-            the row.
+            the row's contexts.
 
     Returns:
         ``(v, s)`` with the shapes and dtypes of ``v_path`` and ``s_path``. A row without a state
@@ -197,14 +208,14 @@ def merge_states_scaled(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    _check_state_lists(v_path, s_path, v, s, indptr, index, exponent)
+    _check_state_lists(v_path, s_path, v, s, lists, exponent)
     if not v_path.is_cuda:
-        return reference.merge_states_scaled(v_path, s_path, v, s, indptr, index, exponent)
+        return reference.merge_states_scaled(v_path, s_path, v, s, *lists, exponent)
     exponents = torch.as_tensor(exponent, dtype=torch.float32, device=v_path.device)
     v_path, s_path, v, s = (x.contiguous() for x in (v_path, s_path, v, s))
     out, lse = torch.empty_like(v_path), torch.empty_like(s_path)
     exponents = exponents.expand(v_path.shape[0])
-    launch_merge_states(v_path, s_path, v, s, indptr, index, exponents, out, lse)
+    launch_merge_states(v_path, s_path, v, s, lists, exponents, out, lse)
     return out, lse
 
 
@@ -213,8 +224,7 @@ def launch_merge_states(
     s_path: torch.Tensor,
     v: torch.Tensor,
     s: torch.Tensor,
-    indptr: torch.Tensor,
-    index: torch.Tensor,
+    lists: StateLists,
     exponents: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -239,8 +249,7 @@ def launch_merge_states(
         s_path,
         v,
         s,
-        indptr,
-        index,
+        *lists,
         exponents,
         out,
         s_path if lse is None else lse,
@@ -269,6 +278,7 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     v,
     s,
     indptr,
+    path_start,
     index,
     exponents,
     out,
@@ -299,38 +309,39 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < head_dim
     packed = head % GROUP_SIZE * (tl.num_programs(1) // GROUP_SIZE) + head // GROUP_SIZE
+    middle = tl.load(path_start + row)
     # A finite start: two empty states have no difference.
     highest = tl.full([], EMPTY_LSE, tl.float32)
     total = tl.full([], 0.0, tl.float32)
     sums = tl.full([BLOCK_DIM], 0.0, tl.float32)
-    for first in range(begin, stop, BLOCK_STATES):
-        place = first + tl.arange(0, BLOCK_STATES)
-        state = tl.load(index + place, mask=place < stop, other=0).to(tl.int64)
-        logs = tl.load(s + state * stride_s + packed, mask=place < stop, other=float("-inf"))
-        new = tl.maximum(highest, tl.max(logs, axis=0))
-        weights = tl.where(logs <= EMPTY_LSE, 0.0, tl.exp2(logs - new))
-        values = tl.load(
-            v + state[:, None] * stride_v + packed * head_dim + dim[None, :],
-            mask=(place < stop)[:, None] & in_dim[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        decay = tl.exp2(highest - new)
-        sums = sums * decay + tl.sum(weights[:, None] * values, axis=0)
-        total = total * decay + tl.sum(weights, axis=0)
-        highest = new
+    for first in range(begin, middle, BLOCK_STATES):
+        highest, total, sums = _add_states(
+            highest, total, sums, first, middle, index, s, stride_s, v, stride_v, packed, head_dim,
+            dim, in_dim, EMPTY_LSE, BLOCK_STATES,
+        )  # fmt: skip
+    log_path = tl.load(s_path + row * stride_s_path + head)
+    path = tl.load(v_path + row * stride_v_path + head * head_dim + dim, mask=in_dim, other=0.0)
+    highest_path = tl.maximum(log_path, EMPTY_LSE)
+    total_path = tl.where(log_path <= EMPTY_LSE, 0.0, 1.0)
+    path = path.to(tl.float32)  # of no weight if empty, unless nothing else comes
+    for first in range(middle, stop, BLOCK_STATES):
+        highest_path, total_path, path = _add_states(
+            highest_path, total_path, path, first, stop, index, s, stride_s, v, stride_v, packed,
+            head_dim, dim, in_dim, EMPTY_LSE, BLOCK_STATES,
+        )  # fmt: skip
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     scaled = (highest + tl.log2(total)) * tl.load(exponents + row * stride_exponents)
-    log_path = tl.load(s_path + row * stride_s_path + head)
-    empty_path = log_path <= EMPTY_LSE
+    empty_path = total_path == 0.0
+    total_path = tl.where(empty_path, 1.0, total_path)
+    path = path / total_path
+    log_path = tl.where(empty_path, log_path, highest_path + tl.log2(total_path))
     # Weights of an empty state are set rather than computed: an exponent of 0 would give it one.
     top = tl.where(empty_path, scaled, tl.where(empty, log_path, tl.maximum(log_path, scaled)))
     w_path = tl.where(empty_path, 0.0, tl.exp2(log_path - top))
     w_contexts = tl.where(empty, 0.0, tl.exp2(scaled - top))
     both = w_path + w_contexts
-    path = tl.load(v_path + row * stride_v_path + head * head_dim + dim, mask=in_dim, other=0.0)
-    path = path.to(tl.float32)
     merged = path * (w_path / both) + sums * (w_contexts / both / total)
     merged = tl.where(empty, path, merged) * v_scale
     place = out + row * stride_out + head * head_dim + dim
@@ -338,6 +349,44 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     if WRITE_LSE:
         result = tl.where(empty, log_path, top + tl.log2(both))
         tl.store(lse + row * stride_lse + head, result)
+
+
+@triton.jit
+def _add_states(  # type: ignore[no-untyped-def]
+    highest,
+    total,
+    sums,
+    first,
+    stop,
+    index,
+    s,
+    stride_s,
+    v,
+    stride_v,
+    packed,
+    head_dim,
+    dim,
+    in_dim,
+    EMPTY_LSE: tl.constexpr,
+    BLOCK_STATES: tl.constexpr,
+):
+    """A block of a row's states added to a running softmax."""
+    place = first + tl.arange(0, BLOCK_STATES)
+    state = tl.load(index + place, mask=place < stop, other=0).to(tl.int64)
+    logs = tl.load(s + state * stride_s + packed, mask=place < stop, other=float("-inf"))
+    new = tl.maximum(highest, tl.max(logs, axis=0))
+    weights = tl.where(logs <= EMPTY_LSE, 0.0, tl.exp2(logs - new))
+    values = tl.load(
+        v + state[:, None] * stride_v + packed * head_dim + dim[None, :],
+        mask=(place < stop)[:, None] & in_dim[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    decay = tl.exp2(highest - new)
+    return (
+        new,
+        total * decay + tl.sum(weights, axis=0),
+        sums * decay + tl.sum(weights[:, None] * values, axis=0),
+    )
 
 
 def _check_states(
@@ -362,8 +411,7 @@ def _check_state_lists(
     s_path: torch.Tensor,
     v: torch.Tensor,
     s: torch.Tensor,
-    indptr: torch.Tensor,
-    index: torch.Tensor,
+    lists: StateLists,
     exponent: torch.Tensor | float,
 ) -> None:
     if v_path.dim() != 3:
@@ -383,11 +431,15 @@ def _check_state_lists(
         )
     _check_log("s_path", s_path, v_path)
     _check_log("s", s, v)
-    for name, lists in (("indptr", indptr), ("index", index)):
-        if lists.dim() != 1 or lists.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32 of one dimension, got {lists.dtype}")
-    if len(indptr) != len(v_path) + 1:
-        raise ValueError(f"indptr must be of shape ({len(v_path) + 1},), got ({len(indptr)},)")
+    rows = v_path.shape[0]
+    for name, given, size in zip(
+        StateLists._fields, lists, (rows + 1, rows, len(lists.index)), strict=True
+    ):
+        if given.shape != (size,) or given.dtype != torch.int32:
+            raise ValueError(
+                f"{name} must be int32 of shape ({size},), got {given.dtype} of shape "
+                f"{tuple(given.shape)}"
+            )
     _check_exponent("exponent", exponent, v_path.shape[0])
 
 

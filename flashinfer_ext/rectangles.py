@@ -12,6 +12,8 @@ from flashinfer.utils import MaskMode, TensorLayout, _unpack_paged_kv_cache, dev
 
 from flashinfer_ext import fa2, fa3, variant
 from flashinfer_ext.gather import gather_packed
+from flashinfer_ext.merge import StateLists
+from flashinfer_ext.staging import Lists, staged
 from flashinfer_ext.worklist import (
     Groups,
     Shape,
@@ -116,9 +118,10 @@ class RectangleLaunch:
         self._inv_temperature: torch.Tensor | None = None
 
     @property
-    def state_lists(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states of each row: ``indptr`` (rows + 1,) and ``index``, both int32."""
-        return self._ints["state_indptr"], self._ints["state_index"]
+    def state_lists(self) -> StateLists:
+        """The states of each row."""
+        names = ("state_indptr", "path_start", "state_index")
+        return StateLists(*(self._ints[name] for name in names))
 
     def plan(self, groups: Groups, inv_temperature: torch.Tensor, rows: int) -> None:
         """Lay out the work and send it to the GPU.
@@ -141,7 +144,7 @@ class RectangleLaunch:
         self._states = len(work.state_row) if sizes is None else sizes.states
         self._send(work, shape)
         of_chunk = np.append(inv_temperature.numpy()[work.rectangle], np.float32(1.0))
-        floats = torch.from_numpy(of_chunk[self._chunk_of_group(work)])
+        floats = staged(torch.from_numpy(of_chunk[self._chunk_of_group(work)]))
         self._inv_temperature = self._on_device(floats, self._inv_temperature)
 
     def run(
@@ -228,13 +231,13 @@ class RectangleLaunch:
             "state_row": padded(work.state_row, size, 0),
             "state_count": np.array([len(work.state_row)]),
             "state_indptr": work.state_indptr,
+            "path_start": work.path_start,
             "state_index": padded(work.state_index, size, 0),
             **self._lists_of(work, shape),
         }
-        host = torch.from_numpy(np.concatenate(list(parts.values())).astype(np.int32))
-        self._buffer = self._on_device(host, self._buffer)
-        views = self._buffer.split([len(part) for part in parts.values()])
-        self._ints = dict(zip(parts, views, strict=True))
+        lists = Lists(list(parts.values()))
+        self._buffer = self._on_device(lists.host, self._buffer)
+        self._ints = dict(zip(parts, lists.views(self._buffer), strict=True))
         start = self._buffer.data_ptr()
         offset = {name: view.data_ptr() - start for name, view in self._ints.items()}
         if self._is_fa3:
@@ -245,8 +248,8 @@ class RectangleLaunch:
     def _on_device(self, host: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         """A captured launch reads the same addresses for ever."""
         if self._sizes is None or kept is None:
-            return staged(host).to(self._space.device, non_blocking=True)
-        return kept.copy_(staged(host), non_blocking=True)
+            return host.to(self._space.device, non_blocking=True)
+        return kept.copy_(host, non_blocking=True)
 
     def _state_buffers(
         self, device: torch.device
@@ -265,12 +268,3 @@ class RectangleLaunch:
             v.view(dtype).view(shape),
             s.view(torch.float32).view(shape[:3]),
         )
-
-
-def staged(host: torch.Tensor) -> torch.Tensor:
-    """Ready for a copy to the GPU that does not wait for what runs there.
-
-    CUDA stages up to 64 KB of ordinary memory by itself; more has to be pinned.
-    """
-    host = host.contiguous()
-    return host if host.nbytes <= 65536 else host.pin_memory()

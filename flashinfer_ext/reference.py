@@ -144,6 +144,7 @@ def merge_states_scaled(
     v: torch.Tensor,
     s: torch.Tensor,
     indptr: torch.Tensor,
+    path_start: torch.Tensor,
     index: torch.Tensor,
     exponent: torch.Tensor | float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +159,9 @@ def merge_states_scaled(
         v: (states, group_size, num_kv_heads, head_dim): head ``k * group_size + g`` of a state
             stands at ``[g, k]``.
         s: (states, group_size, num_kv_heads), fp32.
-        indptr: (rows + 1,), see :func:`merge_states` for this and the next.
+        indptr: (rows + 1,), see :func:`merge_states`.
+        path_start: (rows,): the states ``index[path_start[i]:indptr[i + 1]]`` of row i belong to
+            its path and are merged with it first; those before are of its contexts.
         index: (indptr[-1],) at least.
         exponent: scalar or (rows,), fp32.
 
@@ -167,5 +170,15 @@ def merge_states_scaled(
         row without a state that is not empty returns its path unchanged.
     """
     v, s = v.transpose(1, 2).flatten(1, 2), s.transpose(1, 2).flatten(1, 2)
-    contexts = merge_states(v, s, indptr, index)
-    return merge_state_scaled(v_path, s_path, *contexts, exponent)
+    rows = list(zip(indptr[:-1].tolist(), path_start.tolist(), indptr[1:].tolist(), strict=True))
+
+    def merged(bounds: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        own = [index[a:b] for a, b in bounds]
+        counts = torch.tensor([0, *(len(states) for states in own)])
+        return merge_states(v, s, counts.cumsum(0), torch.cat([*own, index[:0]]))
+
+    contexts = merged([(begin, middle) for begin, middle, _ in rows])
+    more = merged([(middle, stop) for _, middle, stop in rows])
+    path = merge_state_scaled(v_path.float(), s_path, *more, 1.0)
+    out, lse = merge_state_scaled(*path, *contexts, exponent)
+    return out.to(v_path.dtype), lse

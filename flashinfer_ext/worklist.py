@@ -36,6 +36,7 @@ class Groups(NamedTuple):
     rows: np.ndarray  # (virtual rows,) which row of the batch
     kv_indptr: np.ndarray  # (groups + 1,) into the page indices
     last_page_len: np.ndarray  # (groups,)
+    in_path: np.ndarray  # (groups,) bool: belongs to the paths of its rows, not to their contexts
 
 
 class Shape(NamedTuple):
@@ -61,6 +62,7 @@ class Work(NamedTuple):
     item_tile: np.ndarray  # (items,) the tile among those of the chunk
     state_row: np.ndarray  # (states,) the row of the batch that a query is copied from
     state_indptr: np.ndarray  # (rows + 1,) a row's states are state_index[indptr[i]:indptr[i + 1]]
+    path_start: np.ndarray  # (rows,) where those of its path begin, behind those of its contexts
     state_index: np.ndarray  # (states,)
 
     def check_fits(self, sizes: WorkSizes) -> None:
@@ -101,6 +103,8 @@ def make_work(groups: Groups, shape: Shape, tile: int, sizes: WorkSizes | None =
 
     longest_first = np.argsort(begin - end, kind="stable")
     row_of_state = groups.rows[np.repeat(groups.qo_indptr[live[of]], rows) + counts(rows)]
+    in_path = np.repeat(groups.in_path[live[of]], rows)
+    state_indptr = np.append(0, np.cumsum(np.bincount(row_of_state, minlength=shape.rows)))
     return Work(
         tile,
         rectangle=live[of],
@@ -112,8 +116,9 @@ def make_work(groups: Groups, shape: Shape, tile: int, sizes: WorkSizes | None =
         item_chunk=np.repeat(longest_first, tiles[of][longest_first]),
         item_tile=counts(tiles[of][longest_first]),
         state_row=row_of_state,
-        state_indptr=np.append(0, np.cumsum(np.bincount(row_of_state, minlength=shape.rows))),
-        state_index=np.argsort(row_of_state, kind="stable"),
+        state_indptr=state_indptr,
+        path_start=state_indptr[1:] - np.bincount(row_of_state[in_path], minlength=shape.rows),
+        state_index=np.argsort(2 * row_of_state + in_path, kind="stable"),
     )
 
 

@@ -7,6 +7,7 @@ same step, in the same thread, picks them up by request ids.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -97,9 +98,17 @@ def reader_of(req: Any, spec: ApeSpec, whole: Hashable) -> Reader:
     nodes = None
     if req.cache_protected_len >= spec.context_end:  # else the last node may lie inside of one
         nodes = getattr(handle, "contexts", None)  # of ``cache.tree.Handle``
-    reader = Reader.of(spec, nodes, whole)
+    reader = Reader.of(spec, nodes, whole, _prefix_of(req, spec))
     req.ape_reader = (handle, spec, reader)
     return reader
+
+
+def _prefix_of(req: Any, spec: ApeSpec) -> Hashable:
+    """What tells apart the KV of P."""
+    if spec.prefix_len == 0:
+        return None
+    ids = np.asarray(req.origin_input_ids[: spec.prefix_len], np.int64)
+    return req.extra_key, hashlib.sha256(ids.tobytes()).digest()
 
 
 def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any, **_: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper, temperature_module
 from flashinfer_ext.gather import gather_kv_indices
 from flashinfer_ext.rectangles import Heads, Kernel
+from flashinfer_ext.staging import Lists
 from flashinfer_ext.variant import ModuleKey
 from sglang_ape import metrics
 from sglang_ape.attention.batch import ApeBatch, ape_batch, ape_batch_of_size
@@ -31,6 +32,7 @@ from sglang_ape.attention.rectangles import (
     Cover,
     Planner,
     Rates,
+    prefill_groups,
 )
 from sglang_ape.spec import ApeSpec
 
@@ -38,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 TEST_ALWAYS_SHARE = "SGLANG_APE_TEST_ALWAYS_SHARE"
 """Set for tests only, whose contexts are too short for sharing to pay."""
+
+MOST_PREFILL_ROWS = 4096
+"""Rows of queries that are packed for rectangles; more would take much memory beside the pool."""
 
 GRAPH_VARIANT = "ape"
 SHARED_VARIANT = "ape-shared"
@@ -98,8 +103,8 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         if forward_batch.forward_mode.is_decode():
             levels = _levels(batch, stops.numpy(), self.cover_of(batch))
         else:
-            starts = forward_batch.extend_prefix_lens_cpu
-            levels = extend_levels(batch.specs, starts, stops.tolist())
+            bounds = forward_batch.extend_prefix_lens_cpu, stops.tolist()
+            levels = extend_levels(batch.specs, *bounds, self._prefill_groups(batch, *bounds))
         self._plan(self._eager, levels, forward_batch.req_pool_indices)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -124,6 +129,21 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         levels = _levels(batch, forward_batch.seq_lens_cpu[:bs].numpy(), cover)
         wrapper = self._graphs[bs, cover is not None]
         self._plan(wrapper, levels, forward_batch.req_pool_indices[:bs], indices)
+
+    def _prefill_groups(
+        self, batch: ApeBatch, starts: Sequence[int], stops: Sequence[int]
+    ) -> list[list[int]] | None:
+        """Requests of a prefill batch whose queries read equal contexts at once."""
+        if self._planner is None:
+            return None
+        rows, tokens = [], []
+        for spec, start, stop in zip(batch.specs, starts, stops, strict=True):
+            end = spec.context_end if spec else stop
+            rows.append(max(stop - max(start, end), 0))
+            tokens.append(end - spec.prefix_len if spec else 0)
+        if sum(rows) > MOST_PREFILL_ROWS:
+            return None
+        return prefill_groups(rows, tokens, batch.context_sets, self._planner.costs)
 
     def cover_of(self, batch: ApeBatch | None) -> Cover | None:
         """The rectangles of a decode batch, None where it is read without any."""
@@ -191,9 +211,8 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         if indices is None:
             size = int(levels.segment_indptr[-1])
             indices = torch.empty(size, dtype=torch.int32, device=device)
-        parts = levels.segment_row, levels.segment_start, levels.segment_indptr
-        packed = torch.from_numpy(np.concatenate(parts)).pin_memory()
-        row, start, indptr = packed.to(device, non_blocking=True).split([len(p) for p in parts])
+        lists = Lists([levels.segment_row, levels.segment_start, levels.segment_indptr])
+        row, start, indptr = lists.views(lists.host.to(device, non_blocking=True))
         longest = int(np.diff(levels.segment_indptr).max())
         table = self.req_to_token_pool.req_to_token
         gather_kv_indices(table, req_pool_indices, row, start, indptr, longest, indices)
@@ -204,9 +223,8 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             [torch.ones(len(indptr) - 1, dtype=torch.int32) for indptr in levels.kv_indptr],
             temperature=torch.from_numpy(levels.temperature),
             scale=torch.from_numpy(levels.scale),
-            contexts_rows=(
-                None if levels.contexts_rows is None else torch.from_numpy(levels.contexts_rows)
-            ),
+            contexts_rows=_tensor(levels.contexts_rows),
+            path_groups=_tensor(levels.path_groups),
             **self._plan_arguments,
         )
         self._active = wrapper
@@ -277,6 +295,10 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         return Planner(costs, sizes.items, sizes.states)
 
 
+def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values)
+
+
 def _levels(batch: ApeBatch, seq_lens: np.ndarray, cover: Cover | None) -> Levels:
     if cover is None:
         return decode_levels(batch.specs, seq_lens, batch.context_sets)
@@ -290,6 +312,7 @@ def _whole_cover(spec: ApeSpec) -> Cover:
     return EMPTY_COVER._replace(
         qo_indptr=bounds,
         rows=bounds[:1],
+        is_prefix=np.zeros(1, np.bool_),
         kv_indptr=bounds * np.int32(tokens),
         segment_row=bounds[:1],
         segment_start=columns[:1],

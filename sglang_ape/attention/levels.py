@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_ape.attention.plan import Path, plan_request
+from sglang_ape.attention.plan import Path, RequestPlan, plan_request
 from sglang_ape.attention.rectangles import Cover
 from sglang_ape.spec import ApeSpec
 
@@ -34,6 +34,7 @@ class Levels(NamedTuple):
     # The row at each place of the contexts level where that is a cover by rectangles; temperature
     # and scale are then (rows,).
     contexts_rows: np.ndarray | None = None
+    path_groups: np.ndarray | None = None  # (groups of the contexts level,) bool: of the paths
 
 
 def decode_levels(
@@ -81,6 +82,7 @@ def rectangle_levels(specs: Sequence[ApeSpec | None], seq_lens: np.ndarray, cove
     prefix, end = _bounds(specs)
     requests = np.arange(batch + 1, dtype=np.int32)
     own = seq_lens.astype(np.int32) - end
+    prefix[cover.rows[np.repeat(cover.is_prefix, np.diff(cover.qo_indptr))]] = 0  # not in the path
     indptr = _indptr(np.concatenate([cover.segment_length, _interleave(prefix, own)]))
     segments = len(cover.segment_length)
     return Levels(
@@ -92,6 +94,7 @@ def rectangle_levels(specs: Sequence[ApeSpec | None], seq_lens: np.ndarray, cove
         np.array([spec.temperature if spec else 1 for spec in specs], np.float32),
         np.array([spec.scale if spec else 1 for spec in specs], np.float32),
         cover.rows,
+        cover.is_prefix,
     )
 
 
@@ -105,40 +108,88 @@ def _bounds(specs: Sequence[ApeSpec | None]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def extend_levels(
-    specs: Sequence[ApeSpec | None], starts: Sequence[int], stops: Sequence[int]
+    specs: Sequence[ApeSpec | None],
+    starts: Sequence[int],
+    stops: Sequence[int],
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> Levels:
-    """New rows [start, stop) for each request, whose earlier rows are in the KV pool already."""
-    contexts, paths = _Level(), _Level()
-    temperature: list[float] = []
-    scale: list[float] = []
+    """New rows [start, stop) for each request, whose earlier rows are in the KV pool already.
+
+    Args:
+        groups: requests whose query rows read the contexts of the first of them, all that have any;
+            None for a group of the contexts level for each request.
+    """
+    paths = _Level()
+    plans: list[RequestPlan | None] = []
     for request, (spec, start, stop) in enumerate(zip(specs, starts, stops, strict=True)):
-        if spec is None:
-            paths.add(request, Path((start, stop), ((0, stop),)))
-            contexts.add(request, Path((start, stop), ()))
-            temperature.append(1.0)
-            scale.append(1.0)
-            continue
-        plan = plan_request(spec, start, stop)
-        for path in plan.paths:
+        plans.append(plan_request(spec, start, stop) if spec else None)
+        of_request = plans[-1].paths if plans[-1] else (Path((start, stop), ((0, stop),)),)
+        for path in of_request:
             paths.add(request, path)
-        query_start = plan.query_rows[0] if plan.query_rows else stop
-        if query_start > start:
+    if groups is not None:
+        return _with_groups(specs, starts, stops, plans, paths, groups)
+    contexts = _Level()
+    settings: list[tuple[float, float]] = []  # T and S of each group
+    for request, (plan, start, stop) in enumerate(zip(plans, starts, stops, strict=True)):
+        query_start = plan.query_rows[0] if plan and plan.query_rows else stop
+        if query_start > start or plan is None:
             contexts.add(request, Path((start, query_start), ()))
-            temperature.append(1.0)
-            scale.append(1.0)
-        if plan.query_rows:
+            settings.append((1.0, 1.0))
+        if plan and plan.query_rows:
             contexts.add(request, Path(plan.query_rows, (plan.contexts,)))
-            temperature.append(spec.temperature)
-            scale.append(spec.scale)
+            settings.append(_settings_of(specs[request]))
+    temperature, scale = np.array(settings, np.float32).reshape(-1, 2).T
     return Levels(
         np.array(contexts.row + paths.row, np.int32),
         np.array(contexts.start + paths.start, np.int32),
         _indptr(contexts.length + paths.length),
         (_indptr(contexts.rows), _indptr(paths.rows)),
         (_indptr(contexts.kv_len), _indptr(paths.kv_len)),
-        np.array(temperature, np.float32),
-        np.array(scale, np.float32),
+        temperature,
+        scale,
     )
+
+
+def _with_groups(
+    specs: Sequence[ApeSpec | None],
+    starts: Sequence[int],
+    stops: Sequence[int],
+    plans: Sequence[RequestPlan | None],
+    paths: _Level,
+    groups: Sequence[Sequence[int]],
+) -> Levels:
+    lens = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    first = _indptr(lens)  # row of the batch where each request begins
+    contexts, rows = _Level(), []
+    for group in groups:
+        leader = plans[group[0]]
+        assert leader is not None
+        of_group = [_query_rows(plans[i], starts[i], first[i]) for i in group]
+        rows += of_group
+        contexts.add(group[0], Path((0, sum(map(len, of_group))), (leader.contexts,)))
+    settings = np.repeat([_settings_of(spec) for spec in specs], lens, axis=0).astype(np.float32)
+    return Levels(
+        np.array(contexts.row + paths.row, np.int32),
+        np.array(contexts.start + paths.start, np.int32),
+        _indptr(contexts.length + paths.length),
+        (_indptr(contexts.rows), _indptr(paths.rows)),
+        (_indptr(contexts.kv_len), _indptr(paths.kv_len)),
+        np.ascontiguousarray(settings[:, 0]),
+        np.ascontiguousarray(settings[:, 1]),
+        np.concatenate(rows),
+    )
+
+
+def _query_rows(plan: RequestPlan | None, start: int, first: int) -> np.ndarray:
+    """Rows of the batch that see the contexts of a request."""
+    assert plan is not None and plan.query_rows is not None
+    begin, end = plan.query_rows
+    return np.arange(first + begin - start, first + end - start, dtype=np.int32)
+
+
+def _settings_of(spec: ApeSpec | None) -> tuple[float, float]:
+    """T and S."""
+    return (spec.temperature, spec.scale) if spec else (1.0, 1.0)
 
 
 class _Level:

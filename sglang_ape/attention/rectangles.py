@@ -32,6 +32,7 @@ class Rates(NamedTuple):
     cache: float = 8.6e12  # any further time
     operations: float = 3.0e14  # of the attention kernel, a second
     rectangle: float = 2e-7  # seconds: thread blocks that begin and end
+    prefix: float = 4e-6  # seconds by which a P of few tokens lengthens a launch it fits badly
     launch: float = 2.5e-5  # seconds of the shared launches that those without rectangles lack
 
 
@@ -72,8 +73,17 @@ class CostModel:
 
     def with_free_sharing(self) -> CostModel:
         """The same, but only what is read costs anything."""
-        rates = self.rates._replace(cache=self.rates.memory, rectangle=0.0, launch=0.0)
+        rates = Rates(self.rates.memory, cache=self.rates.memory, rectangle=0, prefix=0, launch=0)
         return replace(self, state_bytes=0, row_operations=0, rates=rates)
+
+    def alone(self, rows: int, tokens: int) -> float:
+        """One request's new rows over its contexts in FlashInfer's FA2 launch."""
+        packed = rows * self.group_size
+        tile = next((tile for tile in (16, 64) if tile >= packed), 128)
+        seconds = tile * self.row_operations / Rates().operations
+        first = max(self.token_bytes / self.rates.memory, seconds)
+        again = max(self.token_bytes / self.rates.cache, seconds)
+        return tokens * (first + (self.tiles(rows, tile) - 1) * again)
 
     @cached_property
     def first(self) -> float:
@@ -120,26 +130,34 @@ class Reader:
 
     keys: tuple[Hashable, ...]  # each once
     lengths: tuple[int, ...]
-    start: int
+    start: int  # and so the length of P
+    prefix: Hashable = None  # what tells apart the KV of P, None if unknown
 
     @classmethod
-    def of(cls, spec: ApeSpec, contexts: Sequence[Hashable] | None, whole: Hashable) -> Reader:
+    def of(
+        cls,
+        spec: ApeSpec,
+        contexts: Sequence[Hashable] | None,
+        whole: Hashable,
+        prefix: Hashable = None,
+    ) -> Reader:
         """The reader of a request.
 
         Args:
             spec: its segments, and T.
             contexts: what tells apart the KV of each context, in row order; None if unknown.
             whole: what tells apart all of them together, T and S included.
+            prefix: what tells apart the KV of P.
         """
         if contexts is None:
-            return cls((whole,), (sum(spec.context_lens),), spec.prefix_len)
+            return cls((whole,), (sum(spec.context_lens),), spec.prefix_len, prefix)
         # A context that is given twice counts twice.
         seen: dict[Hashable, int] = {}
         keys = []
         for context in contexts:
             occurrence = seen[context] = seen.get(context, -1) + 1
             keys.append((spec.temperature, context, occurrence))
-        return cls(tuple(keys), spec.context_lens, spec.prefix_len)
+        return cls(tuple(keys), spec.context_lens, spec.prefix_len, prefix)
 
     @cached_property
     def whole(self) -> frozenset[Hashable]:
@@ -172,12 +190,14 @@ class Reader:
 class Cover(NamedTuple):
     """Rectangles over a batch; int32 arrays. Rows are indices of the batch.
 
-    Segments are runs of page-table columns; those of a rectangle stand one after the other.
+    Segments are runs of page-table columns; those of a rectangle stand one after the other. A
+    rectangle is of contexts, or of one P, which its rows then lack in their paths.
     """
 
     qo_indptr: np.ndarray  # (rectangles + 1,) into ``rows``
     rows: np.ndarray  # (virtual rows,) ascending within a rectangle
     kv_indptr: np.ndarray  # (rectangles + 1,) tokens
+    is_prefix: np.ndarray  # (rectangles,) bool
     segment_row: np.ndarray  # (segments,) whose line of the page table
     segment_start: np.ndarray  # (segments,) first column
     segment_length: np.ndarray  # (segments,)
@@ -187,7 +207,15 @@ class Cover(NamedTuple):
 
 _NOTHING = np.empty(0, np.int32)
 EMPTY_COVER = Cover(
-    np.zeros(1, np.int32), _NOTHING, np.zeros(1, np.int32), _NOTHING, _NOTHING, _NOTHING, 0.0, 0.0
+    qo_indptr=np.zeros(1, np.int32),
+    rows=_NOTHING,
+    kv_indptr=np.zeros(1, np.int32),
+    is_prefix=np.empty(0, np.bool_),
+    segment_row=_NOTHING,
+    segment_start=_NOTHING,
+    segment_length=_NOTHING,
+    seconds=0.0,
+    seconds_apart=0.0,
 )
 
 
@@ -225,6 +253,7 @@ class Planner:
         self._members: dict[Hashable, int] = {}  # of each context
         self._classes: dict[int, _Class] = {}  # by members
         self._sets: dict[frozenset[Hashable], _Set] = {}
+        self._prefixes: dict[tuple[Hashable, int], int] = {}  # members of each P and its length
         self._batch: list[Reader | None] = []
         self._cover: Cover | None = None
 
@@ -235,6 +264,9 @@ class Planner:
         self._sets.setdefault(reader.whole, _Set(reader.tokens)).requests += 1
         for key, length in zip(reader.keys, reader.lengths, strict=True):
             self._move(key, length, self._members.get(key, 0) | 1 << slot)
+        if reader.prefix is not None:
+            prefix = reader.prefix, reader.start
+            self._prefixes[prefix] = self._prefixes.get(prefix, 0) | 1 << slot
 
     def remove(self, reader: Reader) -> None:
         """A request ends."""
@@ -246,6 +278,11 @@ class Planner:
             del self._sets[reader.whole]
         for key, length in zip(reader.keys, reader.lengths, strict=True):
             self._move(key, length, self._members[key] & ~(1 << slot))
+        if reader.prefix is not None:
+            prefix = reader.prefix, reader.start
+            self._prefixes[prefix] &= ~(1 << slot)
+            if not self._prefixes[prefix]:
+                del self._prefixes[prefix]
 
     def follow(self, batch: Sequence[Reader | None]) -> Cover | None:
         """The cover of a batch; None in it are rows without contexts.
@@ -287,20 +324,32 @@ class Planner:
         new.tokens += length
 
     def _find(self) -> Cover | None:
-        if len(self._slots) < 2 or self._sharing_is_hopeless():
+        if len(self._slots) < 2:
             return None
         apart = self._seconds_apart()
-        rectangles = self._dissolved()
-        seconds = self._seconds(rectangles)
-        if seconds >= apart or not self._fits(rectangles):
-            return None
-        return self._emit(rectangles, seconds, apart)
-
-    def _sharing_is_hopeless(self) -> bool:
-        """Each distinct token read once, and nothing more, costs no less than the launches do."""
+        prefixes = self._shared_prefixes()
+        gain = sum(prefixes.values())
+        # Each distinct token read once, and nothing more:
         distinct = sum(found.tokens for found in self._classes.values())
-        bound = self.costs.rates.launch + distinct * self.costs.first
-        return bound >= self._seconds_apart()
+        if self.costs.rates.launch + distinct * self.costs.first >= apart + gain:
+            return None
+        rectangles = self._dissolved()
+        seconds = self._seconds(rectangles) - gain
+        members = [*rectangles, *(self._prefixes[prefix] for prefix in prefixes)]
+        if seconds >= apart or not self._fits(members):
+            return None
+        return self._emit(rectangles, list(prefixes), seconds, apart)
+
+    def _shared_prefixes(self) -> dict[tuple[Hashable, int], float]:
+        """Each P that pays to be read once, and what that saves; else it stays in the paths."""
+        found = {}
+        for prefix, members in self._prefixes.items():
+            rows, length = members.bit_count(), prefix[1]
+            apart = self.costs.apart(length, rows * length)
+            saved = apart - self.costs.rectangle(rows, length, 0)
+            if rows > 1 and saved > self.costs.rates.prefix:
+                found[prefix] = saved
+        return found
 
     def _seconds_apart(self) -> float:
         """Equal sets count as neighbours, which they need not be: sharing must beat even that."""
@@ -362,29 +411,80 @@ class Planner:
             seconds += self.costs.rectangle(members.bit_count(), fresh, repeated)
         return seconds
 
-    def _fits(self, rectangles: dict[int, list[int]]) -> bool:
+    def _fits(self, rectangles: Iterable[int]) -> bool:
         rows = [members.bit_count() for members in rectangles]
         return sum(rows) <= self._states and sum(map(self.costs.tiles, rows)) <= self._items
 
-    def _emit(self, rectangles: dict[int, list[int]], seconds: float, apart: float) -> Cover:
+    def _emit(
+        self,
+        rectangles: dict[int, list[int]],
+        prefixes: list[tuple[Hashable, int]],
+        seconds: float,
+        apart: float,
+    ) -> Cover:
         rows = [row for row, reader in enumerate(self._batch) if reader is not None]
         slots = [self._slots[reader] for reader in self._batch if reader is not None]
-        is_member = _bits(list(rectangles), len(self._slots) + len(self._free))[:, slots]
+        members = [*rectangles, *(self._prefixes[prefix] for prefix in prefixes)]
+        is_member = _bits(members, len(self._slots) + len(self._free))[:, slots]
         which, column = np.nonzero(is_member)
-        lens = np.bincount(which, minlength=len(rectangles))
+        lens = np.bincount(which, minlength=len(members))
         virtual = np.array(rows, np.int32)[column]
+        leaders = virtual[np.cumsum(lens) - lens].tolist()
         kv_lens, segments = [], []
-        for first, classes in zip(np.cumsum(lens) - lens, rectangles.values(), strict=True):
-            row = int(virtual[first])
+        for row, classes in zip(leaders, rectangles.values(), strict=False):
             leader = self._batch[row]
             assert leader is not None
             runs = leader.runs(key for c in classes for key in self._classes[c].keys)
             kv_lens.append(sum(length for _, length in runs))
             segments += [(row, *run) for run in runs]
-        segment_row, start, length = np.ascontiguousarray(np.array(segments, np.int32).T)
+        for row, (_, length) in zip(leaders[len(rectangles) :], prefixes, strict=True):
+            kv_lens.append(length)
+            segments.append((row, 0, length))
+        segment_row, starts, lengths = np.ascontiguousarray(np.array(segments, np.int32).T)
         return Cover(
-            _indptr(lens), virtual, _indptr(kv_lens), segment_row, start, length, seconds, apart
+            qo_indptr=_indptr(lens),
+            rows=virtual,
+            kv_indptr=_indptr(kv_lens),
+            is_prefix=np.arange(len(members)) >= len(rectangles),
+            segment_row=segment_row,
+            segment_start=starts,
+            segment_length=lengths,
+            seconds=seconds,
+            seconds_apart=apart,
         )
+
+
+def prefill_groups(
+    rows: Sequence[int],
+    tokens: Sequence[int],
+    sets: Sequence[Hashable | None],
+    costs: CostModel,
+) -> list[list[int]] | None:
+    """Requests of a prefill batch whose queries read equal contexts at once.
+
+    A query's rows fill tiles by themselves, so that whole sets are all there is to share; what is
+    gained beside is the kernel of the shared launch, where that is FA3.
+
+    Args:
+        rows: new rows of each request that see its contexts.
+        tokens: of the contexts of each request.
+        sets: equal for requests with equal contexts, T and S.
+        costs: decides.
+
+    Returns:
+        Indices of the requests with rows and contexts, each in one group; None where a launch for
+        each request costs no more.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for request, key in enumerate(sets):
+        if rows[request] > 0 and tokens[request] > 0:
+            groups.setdefault(key, []).append(request)
+    saved = -costs.rates.launch
+    for group in groups.values():
+        read = tokens[group[0]]
+        saved += sum(costs.alone(rows[request], read) for request in group)
+        saved -= costs.rectangle(sum(rows[request] for request in group), read, 0)
+    return list(groups.values()) if groups and saved >= 0 else None
 
 
 def _bits(masks: list[int], width: int) -> np.ndarray:

@@ -693,6 +693,7 @@ class Rectangle(NamedTuple):
 
     rows: Sequence[int]
     kv_len: int
+    in_path: bool = False
 
 
 class Cover(NamedTuple):
@@ -700,6 +701,7 @@ class Cover(NamedTuple):
 
     batch: Batch  # the contexts of which are the rectangles
     rows: torch.Tensor  # at each place of the contexts level
+    in_path: list[bool]  # of each rectangle
     temperature: list[float]
     scale: list[float]
 
@@ -732,14 +734,18 @@ def make_cover(
     )
     q = level.q[:rows].contiguous()
     batch = Batch(shape, contexts, level.path[:rows], levels, q, level.cache)
-    return Cover(batch, torch.tensor(places, dtype=torch.int32), temperature, scale)
+    in_path = [rectangle.in_path for rectangle in rectangles]
+    return Cover(batch, torch.tensor(places, dtype=torch.int32), in_path, temperature, scale)
 
 
 def plan_cover(wrapper: ApeCascadeAttentionWrapper, cover: Cover, **changes: Any) -> None:
     settings = dict(
-        contexts_rows=cover.rows, temperature=cover.temperature, scale=cover.scale, **changes
+        contexts_rows=cover.rows,
+        path_groups=torch.tensor(cover.in_path, dtype=torch.bool),
+        temperature=cover.temperature,
+        scale=cover.scale,
     )
-    plan(wrapper, cover.batch, **settings)
+    plan(wrapper, cover.batch, **settings, **changes)
 
 
 def expected_of_cover(cover: Cover) -> State:
@@ -750,10 +756,13 @@ def expected_of_cover(cover: Cover) -> State:
     outs, lses = [], []
     for row in range(len(batch.path)):
         q = batch.q[row : row + 1]
-        out, lse = attend(q, *dense(batch, 1, row, (1, 1)), sm_scale, causal=True)
-        own = [dense(batch, 0, i, (1, 1)) for i, rows in enumerate(members) if row in rows]
-        k, v = (torch.cat(parts) for parts in zip(*own, strict=True)) if own else (q[:0], q[:0])
-        if len(k):
+        own = [i for i, rows in enumerate(members) if row in rows]
+        path = [dense(batch, 0, i, (1, 1)) for i in own if cover.in_path[i]]
+        path.append(dense(batch, 1, row, (1, 1)))
+        out, lse = attend(q, *joined(path), sm_scale, causal=True)
+        contexts = [dense(batch, 0, i, (1, 1)) for i in own if not cover.in_path[i]]
+        if sum(len(k) for k, _ in contexts):
+            k, v = joined(contexts)
             power = cover.scale[row] * cover.temperature[row]
             state = attend(q, k, v, sm_scale / cover.temperature[row], causal=False)
             logs = torch.stack([power * state.lse, lse])
@@ -764,9 +773,17 @@ def expected_of_cover(cover: Cover) -> State:
     return State(torch.cat(outs), torch.cat(lses))
 
 
+def joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Keys and values of several pieces."""
+    return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+
 def assert_equals_cover(cover: Cover, actual: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert_about_equals(actual, expected_of_cover(cover))
+
+
+def assert_about_equals(actual: tuple[torch.Tensor, torch.Tensor], expected: State) -> None:
     out, lse = actual
-    expected = expected_of_cover(cover)
     # Each partial state is rounded before they are merged, once more than without rectangles.
     assert error(out, expected.out) <= 1.5 * TOLERANCE[out.dtype]
     worst = (lse - expected.lse * math.log2(math.e)).abs().max().item()
@@ -789,6 +806,15 @@ COVERS = {
     ),
     "many": ([Rectangle(range(i, 40, 1 + i % 5), 60 + 90 * i) for i in range(30)], 40),
     "few rows": ([Rectangle([0, 2], 20_000), Rectangle([2, 1], 17)], 3),
+    "prefixes": (
+        [
+            Rectangle(range(30), 700, in_path=True),
+            Rectangle(range(20, 40), 900),
+            Rectangle(range(35, 40), 64, in_path=True),
+            Rectangle(range(10), 77),
+        ],
+        40,
+    ),
     "nothing": ([], 5),
 }
 COVER = pytest.mark.parametrize("name", list(COVERS))
@@ -841,6 +867,27 @@ def test_rectangles_of_two_temperatures_equal_the_formula(workspace: torch.Tenso
     plan_cover(wrapper, cover)
     actual = wrapper.run(cover.batch.q, cover.batch.cache, return_lse=True)
     assert_equals_cover(cover, actual)
+
+
+@either_kernel
+@pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_prefill_in_rectangles_equals_the_formula(
+    workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, page_size: int
+) -> None:
+    batch = make_batch(Shape(dtype, head_dim, page_size=page_size), *EXTEND)
+    lens = torch.tensor([group.rows for group in batch.contexts])
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan(
+        wrapper,
+        batch,
+        contexts_rows=torch.arange(len(batch.q), dtype=torch.int32),
+        temperature=torch.tensor(batch.temperature).repeat_interleave(lens),
+        scale=torch.tensor(batch.scale).repeat_interleave(lens),
+    )
+    out = torch.full_like(batch.q, math.nan)
+    actual = wrapper.run(batch.q, batch.cache, out=out, return_lse=True)
+    assert_about_equals(actual, expected_of(batch))
 
 
 def test_rectangles_of_fp8_keys_equal_the_formula(workspace: torch.Tensor) -> None:

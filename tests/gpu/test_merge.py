@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flashinfer_ext.merge import (
+    StateLists,
     launch_merge,
     launch_merge_states,
     merge_state_scaled,
@@ -180,42 +181,46 @@ class States(NamedTuple):
     s_path: torch.Tensor
     v: torch.Tensor
     s: torch.Tensor
-    indptr: torch.Tensor
-    index: torch.Tensor
+    lists: StateLists
     exponents: torch.Tensor
 
 
-LENS = [0, 1, 2, 15, 16, 17, 33, 0, 200]
+Lens = list[tuple[int, int]]  # of each row: states of its contexts, and of its path
+
+LENS = [(0, 0), (1, 0), (0, 1), (2, 15), (16, 0), (17, 1), (33, 33), (0, 17), (200, 3), (1, 200)]
 
 
-def random_states(lens: list[int], shape: PackedShape, dtype: torch.dtype, seed: int = 0) -> States:
-    """States in random order; every ninth is empty, of either kind."""
+def random_states(lens: Lens, shape: PackedShape, dtype: torch.dtype, seed: int = 0) -> States:
+    """States in random order; every ninth is empty, of either kind, and so are heads of paths."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device="cuda")
 
-    rows, count = len(lens), sum(lens) + 5
+    contexts = torch.tensor([count for count, _ in lens], device="cuda").int()
+    rows, needed = len(lens), sum(map(sum, lens))
     group_size, kv_heads, head_dim = shape
     heads = group_size * kv_heads
-    s = 10 * randn(count, group_size, kv_heads)
+    s = 10 * randn(needed + 5, group_size, kv_heads)
     s[::9], s[4::18] = EMPTY
-    order = torch.randperm(count, generator=generator, device="cuda")
+    s_path = 10 * randn(rows, heads)
+    s_path[:, ::5], s_path[:, 2::10] = EMPTY
+    order = torch.randperm(needed + 5, generator=generator, device="cuda")
+    indptr = torch.tensor([0, *map(sum, lens)], device="cuda").cumsum(0).int()
     exponents = 15 * torch.rand(rows, generator=generator, device="cuda") ** 3
     return States(
         randn(rows, heads, head_dim).to(dtype),
-        10 * randn(rows, heads),
-        randn(count, *shape).to(dtype),
+        s_path,
+        randn(needed + 5, *shape).to(dtype),
         s,
-        torch.tensor([0, *lens], device="cuda").cumsum(0).int(),
-        order[: sum(lens)].int(),
+        StateLists(indptr, indptr[:-1] + contexts, order[:needed].int()),
         exponents,
     )
 
 
 def expected_states(states: States, v_scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = states._replace(v_path=states.v_path.float(), v=states.v.float())
-    out, lse = reference_merge_states(*wide)
+    v_path, s_path, v, s, lists, exponents = states
+    out, lse = reference_merge_states(v_path.float(), s_path, v.float(), s, *lists, exponents)
     return out * v_scale, lse
 
 
@@ -243,29 +248,51 @@ def test_many_states_in_place_give_the_same(want_lse: bool, v_scale: float) -> N
 
 @pytest.mark.parametrize("group_size", [1, 4, 32])
 def test_one_state_a_row_is_the_merge_of_two(group_size: int) -> None:
+    """With the row's exponent if it is of the contexts, with exponent 1 if it is of the path."""
     merge = random_merge(300, 32, 128, torch.bfloat16)
     states = packed(merge.v_b, group_size), packed(merge.s_b, group_size)
     one = torch.arange(301, dtype=torch.int32, device="cuda")
     path = merge.v_a, merge.s_a
-    out, lse = merge_states_scaled(*path, *states, one, one[:-1], merge.exponents)
-    expected, expected_lse = merge_state_scaled(*merge)
-    assert error(out, expected) <= TOLERANCE_OF_ROUNDED
+    for path_start, exponents in ((one[1:], merge.exponents), (one[:-1], 1.0)):
+        lists = StateLists(one, path_start, one[:-1])
+        out, lse = merge_states_scaled(*path, *states, lists, merge.exponents)
+        expected, expected_lse = merge_state_scaled(*merge[:4], exponents)
+        assert error(out, expected) <= TOLERANCE_OF_ROUNDED
+        assert_logs_near(lse, expected_lse)
+
+
+def test_states_of_the_path_are_merged_before_those_of_the_contexts() -> None:
+    """Row i has the states i, of its contexts, and 300 + i, of its path."""
+    merge = with_empty_rows(random_merge(300, 32, 128, torch.float32))
+    more = random_merge(300, 32, 128, torch.float32, seed=1)
+    more.s_b[3], more.s_b[6] = EMPTY
+    path = merge_state_scaled(*merge[:2], more.v_b, more.s_b, 1.0)
+    expected, expected_lse = merge_state_scaled(*path, *merge[2:])
+    states = [packed(torch.cat(x), 4) for x in ((merge.v_b, more.v_b), (merge.s_b, more.s_b))]
+    indptr = torch.arange(0, 601, 2, dtype=torch.int32, device="cuda")
+    index = torch.arange(600, dtype=torch.int32, device="cuda").view(2, 300).T.reshape(-1)
+    lists = StateLists(indptr, indptr[:-1] + 1, index)
+    out, lse = merge_states_scaled(*merge[:2], *states, lists, merge.exponents)
+    assert_near(out, expected)
     assert_logs_near(lse, expected_lse)
 
 
 def test_a_captured_merge_of_many_follows_its_lists() -> None:
     shape = (4, 8, 128)
-    static = random_states([40] * 16, shape, torch.bfloat16)
+    static = random_states([(20, 20)] * 16, shape, torch.bfloat16)
     out, lse = torch.full_like(static.v_path, math.nan), torch.full_like(static.s_path, math.nan)
     launch_merge_states(*static, out, lse)  # compiles, which a capture may not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch_merge_states(*static, out, lse)
-    for seed, lens in ((1, [0] * 16), (2, [3, 0, 77, 1] * 4), (3, [40] * 16)):
+    some = [(3, 0), (0, 0), (40, 37), (0, 1)]
+    for seed, lens in ((1, [(0, 0)] * 16), (2, some * 4), (3, [(40, 0)] * 16), (4, [(0, 40)] * 16)):
         fresh = random_states(lens, shape, torch.bfloat16, seed)
-        for kept, new in zip(static, fresh, strict=True):
-            kept[: len(new)] = new
+        pairs = zip((*static, *static.lists), (*fresh, *fresh.lists), strict=True)
+        for kept, new in pairs:
+            if isinstance(kept, torch.Tensor):
+                kept[: len(new)] = new
         graph.replay()
         expected, expected_lse = expected_states(fresh)
         assert_near(out, expected)

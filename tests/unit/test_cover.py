@@ -15,7 +15,7 @@ from sglang_ape.attention.rectangles import CostModel, Cover, Planner, Rates, Re
 from sglang_ape.spec import ApeSpec
 
 LENGTHS = {"a": 1, "b": 40, "c": 900, "d": 5000, "e": 30, "f": 1200, "g": 2, "h": 300}
-COSTS = CostModel.of(32, 8, 128, 2, 128, Rates(launch=3e-6))
+COSTS = CostModel.of(32, 8, 128, 2, 128, Rates(prefix=1e-6, launch=3e-6))
 # With these, any sharing pays and nothing is hidden behind "apart"; and with those, states are so
 # dear that small classes are dissolved.
 EAGER = COSTS.with_free_sharing()
@@ -24,16 +24,17 @@ MODELS = [COSTS, EAGER, DEAR_STATES]
 
 
 def reader(names: Sequence[str], temperature: float = 0.9, prefix: int = 3) -> Reader:
+    """P is told apart by its length."""
     lens = tuple(LENGTHS[name] for name in names)
     spec = ApeSpec(prefix, lens, temperature, 0.9, "any")
-    return Reader.of(spec, list(names), "whole")
+    return Reader.of(spec, list(names), "whole", "P" if prefix else None)
 
 
 readers = st.builds(
     reader,
     st.lists(st.sampled_from(list(LENGTHS)), min_size=1, max_size=8),
     st.sampled_from([0.9, 1.0]),
-    st.integers(0, 5),
+    st.sampled_from([0, 1, 5, 2000]),
 )
 rows_of_batch = st.lists(st.one_of(st.none(), readers), min_size=1, max_size=12)
 
@@ -61,10 +62,20 @@ def assert_covers(cover: Cover, batch: Sequence[Reader | None]) -> None:
     )
     ends = np.cumsum(cover.segment_length).tolist()
     assert ends[-1] == cover.kv_indptr[-1]
-    rectangles = zip(pairwise(cover.qo_indptr.tolist()), pairwise(cover.kv_indptr), strict=True)
-    for (first, stop), (kv_start, kv_stop) in rectangles:
+    rectangles = zip(
+        pairwise(cover.qo_indptr.tolist()), pairwise(cover.kv_indptr), cover.is_prefix, strict=True
+    )
+    with_prefix: list[int] = []
+    for (first, stop), (kv_start, kv_stop), is_prefix in rectangles:
         members = cover.rows[first:stop].tolist()
         assert members == sorted(set(members)) and members
+        if is_prefix:
+            owners = {(o.prefix, o.start) for row in members if (o := batch[row])}
+            assert owners == {("P", kv_stop - kv_start)} and len(members) > 1
+            (row,) = (s for s, end in zip(segments, ends, strict=True) if end == kv_stop)
+            assert row[0] in members and row[1:] == (0, kv_stop - kv_start)
+            with_prefix += members
+            continue
         keys: list[Any] = []
         for (row, start, length), end in zip(segments, ends, strict=True):
             if kv_start < end <= kv_stop:
@@ -73,6 +84,7 @@ def assert_covers(cover: Cover, batch: Sequence[Reader | None]) -> None:
                 keys += keys_at(owner, start, length)
         for row in members:
             found[row].update(keys)
+    assert len(with_prefix) == len(set(with_prefix)), "a row reads its P twice"
     for row, wanted in enumerate(batch):
         assert found[row] == Counter(wanted.keys if wanted else ())
 
@@ -81,8 +93,8 @@ def assert_good(cover: Cover | None, batch: Sequence[Reader | None]) -> None:
     if cover is not None:
         assert cover.seconds < cover.seconds_apart
         assert_covers(cover, batch)
-        for array in cover[:6]:
-            assert array.dtype == np.int32
+        for name, array in zip(cover._fields[:7], cover[:7], strict=True):
+            assert array.dtype == (np.bool_ if name == "is_prefix" else np.int32)
 
 
 @settings(deadline=None)
@@ -107,7 +119,7 @@ class Server(RuleBasedStateMachine):
 
     @rule(new=readers, copies=st.integers(2, 6))
     def join_over_one_set(self, new: Reader, copies: int) -> None:
-        self.batch += [Reader(new.keys, new.lengths, new.start) for _ in range(copies)]
+        self.batch += [Reader(new.keys, new.lengths, new.start, new.prefix) for _ in range(copies)]
 
     @rule()
     def join_without_contexts(self) -> None:
@@ -156,6 +168,21 @@ def shape_of(cover: Cover | None) -> list[tuple[int, int]]:
     assert cover is not None
     sizes = zip(np.diff(cover.qo_indptr), np.diff(cover.kv_indptr), strict=True)
     return sorted((int(rows), int(tokens)) for rows, tokens in sizes)
+
+
+def test_a_long_prefix_is_read_once_and_a_short_one_with_each_path() -> None:
+    for length, expected in ((8, [(20, 5900)]), (3000, [(20, 3000), (20, 5900)])):
+        batch = [reader(["c", "d"], prefix=length) for _ in range(20)]
+        cover = planner().follow(batch)
+        assert shape_of(cover) == expected
+        assert cover is not None and cover.is_prefix.sum() == len(expected) - 1
+
+
+def test_a_long_prefix_alone_is_reason_enough() -> None:
+    batch = [reader([name], prefix=20_000) for name in "acdefh"]
+    cover = planner().follow(batch)
+    assert shape_of(cover)[-1] == (6, 20_000)
+    assert planner().follow([reader([name], prefix=50) for name in "acdefh"]) is None
 
 
 def test_equal_sets_in_any_order_are_one_rectangle() -> None:

@@ -5,6 +5,7 @@ what the functions around them refuse.
 import importlib.util
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashinfer_ext import cascade, reference
-from flashinfer_ext.merge import merge_state_scaled, merge_states_scaled
+from flashinfer_ext.merge import StateLists, merge_state_scaled, merge_states_scaled
 from flashinfer_ext.reference import attention_state
 from flashinfer_ext.reference import merge_state_scaled as reference_merge
 from tests.support.oracle import one_thread
@@ -218,33 +219,49 @@ class States(NamedTuple):
     s_path: torch.Tensor
     v: torch.Tensor
     s: torch.Tensor
-    indptr: torch.Tensor
-    index: torch.Tensor
+    lists: StateLists
     exponents: torch.Tensor
 
 
-def random_states(lens: list[int], shape: PackedShape, dtype: torch.dtype) -> States:
-    """Row i has ``lens[i]`` states, taken in random order from a few more than are needed."""
+def expected_states(states: States, v_scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference in fp32."""
+    v_path, s_path, v, s, lists, exponents = states
+    out, lse = reference.merge_states_scaled(
+        v_path.float(), s_path, v.float(), s, *lists, exponents
+    )
+    return out * v_scale, lse
+
+
+Lens = list[tuple[int, int]]  # of each row: states of its contexts, and of its path
+
+
+def random_states(lens: Lens, shape: PackedShape, dtype: torch.dtype) -> States:
+    """Each row's states are taken in random order from a few more than are needed."""
     generator = torch.Generator().manual_seed(3)
-    rows, count = len(lens), sum(lens) + 3
+    contexts, path = torch.tensor(lens, dtype=torch.int32).T
+    rows, needed = len(lens), int((contexts + path).sum())
     group_size, kv_heads, head_dim = shape
     heads = group_size * kv_heads
-    indptr = torch.tensor([0, *lens]).cumsum(0, dtype=torch.int32)
+    indptr = torch.tensor([0, *map(sum, lens)]).cumsum(0, dtype=torch.int32)
+    index = torch.randperm(needed + 3, generator=generator)[:needed].int()
     return States(
         torch.randn(rows, heads, head_dim, generator=generator).to(dtype),
         12 * torch.randn(rows, heads, generator=generator),
-        torch.randn(count, *shape, generator=generator).to(dtype),
-        12 * torch.randn(count, group_size, kv_heads, generator=generator),
-        indptr,
-        torch.randperm(count, generator=generator)[: sum(lens)].int(),
+        torch.randn(needed + 3, *shape, generator=generator).to(dtype),
+        12 * torch.randn(needed + 3, group_size, kv_heads, generator=generator),
+        StateLists(indptr, indptr[:-1] + contexts, index),
         1.5 * torch.rand(rows, generator=generator),
     )
 
 
+# No state, a few and more than are read at once.
+LENS = [(0, 0), (1, 0), (0, 1), (5, 0), (0, 2), (2, 1), (16, 5), (17, 17), (1, 40), (40, 0)]
+
+
 @st.composite
 def state_lists(draw: st.DrawFn) -> States:
-    """Rows with no state, with a few and with more than are read at once; empty ones among them."""
-    lens = draw(st.lists(st.sampled_from([0, 1, 2, 5, 16, 17, 40]), min_size=1, max_size=3))
+    """Empty states among those of the rows, and among their paths."""
+    lens = draw(st.lists(st.sampled_from(LENS), min_size=1, max_size=3))
     shape = draw(st.sampled_from([(1, 1, 64), (1, 3, 80), (3, 1, 64), (2, 3, 80)]))
     states = random_states(lens, shape, torch.float32)
     logs = st.one_of(st.floats(-60, 60, width=32), st.sampled_from(EMPTY))
@@ -266,11 +283,11 @@ def state_lists(draw: st.DrawFn) -> States:
 def test_the_kernel_of_many_states_equals_the_reference(
     kernels: SimpleNamespace, states: States, v_scale: float, want_lse: bool, in_place: bool
 ) -> None:
-    expected, expected_lse = reference.merge_states_scaled(*states)
+    expected, expected_lse = expected_states(states, v_scale)
     out = states.v_path if in_place else torch.full_like(states.v_path, math.nan)
     lse = states.s_path if in_place else torch.full_like(states.s_path, math.nan)
     kernels.merge.launch_merge_states(*states, out, lse if want_lse else None, v_scale)
-    assert_near(out, expected * v_scale)
+    assert_near(out, expected)
     if want_lse:
         assert_near(lse, expected_lse)
 
@@ -280,36 +297,92 @@ def test_the_kernel_of_many_states_equals_the_reference(
 def test_many_states_of_every_dtype(
     kernels: SimpleNamespace, shape: PackedShape, dtype: torch.dtype
 ) -> None:
-    states = random_states([0, 1, 3, 33], shape, dtype)
+    states = random_states([(0, 0), (1, 0), (0, 3), (33, 20)], shape, dtype)
     out = torch.full_like(states.v_path, math.nan)
     kernels.merge.launch_merge_states(*states, out, None)
-    wide = states._replace(v_path=states.v_path.float(), v=states.v.float())
-    assert_near(out, reference.merge_states_scaled(*wide)[0])
+    assert_near(out, expected_states(states)[0])
     assert torch.equal(out[0], states.v_path[0])
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("want_lse", [False, True])
+def test_rows_whose_states_are_all_empty_keep_every_bit_of_the_path(
+    kernels: SimpleNamespace, in_place: bool, want_lse: bool, empty: float
+) -> None:
+    states = random_states([(0, 0), (2, 0), (0, 2), (2, 2)], (2, 3, 64), torch.bfloat16)
+    states.s[:] = empty
+    states.s_path[:, ::2] = empty
+    v_path, s_path = states.v_path.clone(), states.s_path.clone()
+    out = states.v_path if in_place else torch.full_like(v_path, math.nan)
+    lse = torch.full_like(s_path, math.nan) if want_lse else None
+    kernels.merge.launch_merge_states(*states, out, lse)
+    assert torch.equal(out, v_path)
+    if lse is not None:
+        assert torch.equal(lse, s_path)
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_one_state_of_an_empty_path_is_the_path(
+    kernels: SimpleNamespace, in_place: bool, empty: float
+) -> None:
+    """And no exponent acts on it."""
+    states = random_states([(0, 1), (0, 1)], (2, 3, 64), torch.bfloat16)
+    states.s_path[:] = empty
+    out = states.v_path if in_place else torch.full_like(states.v_path, math.nan)
+    lse = states.s_path if in_place else torch.full_like(states.s_path, math.nan)
+    kernels.merge.launch_merge_states(*states, out, lse)
+    taken = states.lists.index.long()
+    assert torch.equal(packed(out, 2), states.v[taken])
+    assert torch.equal(packed(lse, 2), states.s[taken])
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("group_size", [1, 2, 6])
-def test_pieces_of_one_state_merge_to_what_the_whole_merges_to(
-    group_size: int, exponent: float
+@pytest.mark.parametrize(
+    ("path_cuts", "contexts_cuts"),
+    [
+        ([0], [9, 10, 21, 30]),
+        ([0, 1, 3], [9, 30]),
+        ([0, 1, 3, 9], [9, 10, 21, 30]),  # nothing is left to the path's own state
+        ([0, 1, 3], [9]),  # no contexts
+        ([0, 1, 3, 9], [9]),
+    ],
+)
+def test_pieces_of_a_state_merge_to_what_the_whole_merges_to(
+    kernels: SimpleNamespace,
+    path_cuts: list[int],
+    contexts_cuts: list[int],
+    group_size: int,
+    exponent: float,
 ) -> None:
-    """The exponent acts on the whole: the same for one state, and for it in three pieces."""
+    """The exponent acts on the whole of the contexts, and on nothing of the path."""
     generator = torch.Generator().manual_seed(5)
     q = torch.randn(6, 6, 64, generator=generator)
     k, v = torch.randn(2, 30, 6 // group_size, 64, generator=generator)
-    path = attention_state(q, k[:9], v[:9], 0.1, causal=True)
-    whole = attention_state(q, k[9:], v[9:], 0.1, causal=False)
-    cuts = [(9, 10), (10, 21), (21, 30)]
-    parts = [attention_state(q, k[a:b], v[a:b], 0.1, causal=False) for a, b in cuts]
+
+    def state(start: int, stop: int, causal: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention_state(q, k[start:stop], v[start:stop], 0.1, causal)
+
+    causal = path_cuts[-1] < 9
+    wanted = reference_merge(*state(0, 9, causal), *state(9, contexts_cuts[-1]), exponent)
+    own = state(path_cuts[-1], 9, causal)
+    parts = [state(*piece) for cuts in (contexts_cuts, path_cuts) for piece in pairwise(cuts)]
     states = [packed(torch.cat(part), group_size) for part in zip(*parts, strict=True)]
-    index = torch.arange(18, dtype=torch.int32).view(3, 6).T.reshape(-1)
-    indptr = torch.arange(7, dtype=torch.int32) * 3
-    merged = merge_states_scaled(*path, *states, indptr, index, exponent)
-    for got, wanted in zip(merged, reference_merge(*path, *whole, exponent), strict=True):
-        assert_near(got, wanted)
+    index = torch.arange(6 * len(parts), dtype=torch.int32).view(-1, 6).T.reshape(-1)
+    indptr = torch.arange(7, dtype=torch.int32) * len(parts)
+    lists = StateLists(indptr, indptr[:-1] + len(contexts_cuts) - 1, index)
+    out, lse = torch.full_like(own[0], math.nan), torch.full_like(own[1], math.nan)
+    exponents = torch.tensor(exponent).expand(6)
+    kernels.merge.launch_merge_states(*own, *states, lists, exponents, out, lse)
+    for merged in ((out, lse), merge_states_scaled(*own, *states, lists, exponent)):
+        for got, expected in zip(merged, wanted, strict=True):
+            assert_near(got, expected)
 
 
-GOOD_STATES = random_states([2, 1], (2, 3, 64), torch.float32)
+GOOD_STATES = random_states([(2, 0), (1, 2)], (2, 3, 64), torch.float32)
+GOOD_LISTS = GOOD_STATES.lists
 
 
 @pytest.mark.parametrize(
@@ -325,14 +398,17 @@ GOOD_STATES = random_states([2, 1], (2, 3, 64), torch.float32)
         ({"s": GOOD_STATES.s[:2]}, "^s must"),
         ({"s": GOOD_STATES.s.flatten(1, 2)}, "^s must"),
         ({"s": GOOD_STATES.s.double()}, "^s must"),
-        ({"indptr": GOOD_STATES.indptr[:2]}, "indptr"),
-        ({"indptr": GOOD_STATES.indptr.long()}, "indptr"),
-        ({"index": GOOD_STATES.index.long()}, "index"),
+        ({"lists": GOOD_LISTS._replace(indptr=GOOD_LISTS.indptr[:2])}, "indptr"),
+        ({"lists": GOOD_LISTS._replace(indptr=GOOD_LISTS.indptr.long())}, "indptr"),
+        ({"lists": GOOD_LISTS._replace(path_start=GOOD_LISTS.indptr)}, "path_start"),
+        ({"lists": GOOD_LISTS._replace(path_start=GOOD_LISTS.path_start.long())}, "path_start"),
+        ({"lists": GOOD_LISTS._replace(index=GOOD_LISTS.index.long())}, "index"),
+        ({"lists": GOOD_LISTS._replace(index=GOOD_LISTS.index[None])}, "index"),
         ({"exponents": torch.ones(3)}, "^exponent must"),
     ],
 )
 def test_a_merge_of_many_states_that_do_not_fit_names_the_argument(
-    changes: dict[str, torch.Tensor], name: str
+    changes: dict[str, Any], name: str
 ) -> None:
     with pytest.raises(ValueError, match=name):
         merge_states_scaled(*GOOD_STATES._replace(**changes))

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
-from sglang_ape.attention.rectangles import EMPTY_COVER, CostModel, Planner, Rates, Reader
+from sglang_ape.attention.rectangles import (
+    EMPTY_COVER,
+    HOPPER_RATES,
+    CostModel,
+    Planner,
+    Rates,
+    Reader,
+    prefill_groups,
+)
 from sglang_ape.spec import ApeSpec
 
 Columns = list[int]
@@ -174,16 +182,25 @@ def test_rectangles_send_every_row_to_its_contexts_and_its_path(given: Any, padd
     specs, names, stops = given
     costs = CostModel(1000, 0, 4, 0, 128, Rates(memory=1e12, cache=1e12, launch=0.0))
     readers = [
-        Reader.of(spec, own, "") if spec else None for spec, own in zip(specs, names, strict=True)
+        Reader.of(spec, own, "", "P" if spec.prefix_len else None) if spec else None
+        for spec, own in zip(specs, names, strict=True)
     ]
     cover = Planner(costs, 1000, 1000).follow(readers) or EMPTY_COVER
     padded = specs + [None] * padding
     levels = rectangle_levels(padded, np.array(stops + [1] * padding), cover)
     assert levels.contexts_rows is cover.rows
+    assert levels.path_groups is cover.is_prefix
     seen: list[list[str]] = [[] for _ in padded]
+    prefix_elsewhere = [0] * len(padded)
     places = iter(levels.contexts_rows.tolist())
-    for rows, columns in _groups(levels, 0):
+    for (rows, columns), is_prefix in zip(_groups(levels, 0), cover.is_prefix, strict=True):
         at = [next(places) for _ in range(rows)]
+        if is_prefix:
+            for row in at:
+                assert prefix_elsewhere[row] == 0
+                prefix_elsewhere[row] = padded[row].prefix_len
+                assert [c for _, c in columns] == list(range(prefix_elsewhere[row]))
+            continue
         read = [_document(specs[owner], names[owner], column) for owner, column in columns]
         for row in at:
             seen[row] += read
@@ -193,12 +210,70 @@ def test_rectangles_send_every_row_to_its_contexts_and_its_path(given: Any, padd
             assert sorted(got) == sorted(name for name in own for _ in range(lens[name]))
     paths = _groups(levels, 1)
     for row, (spec, stop) in enumerate(zip(padded, stops + [1] * padding, strict=True)):
-        assert paths[row] == (1, [(row, column) for column in _expected(spec, stop - 1)[0]])
+        own_path = _expected(spec, stop - 1)[0][prefix_elsewhere[row] :]
+        assert paths[row] == (1, [(row, column) for column in own_path])
     for given_out, name in ((levels.temperature, "temperature"), (levels.scale, "scale")):
         wanted = [getattr(spec, name) if spec else 1 for spec in padded]
         assert given_out.tolist() == np.array(wanted, np.float32).tolist()
     for array in (*levels[:3], *levels.qo_indptr, *levels.kv_indptr, levels.contexts_rows):
         assert array.dtype == np.int32
+
+
+@settings(deadline=None)
+@given(batch=batches(decoding=False), one_set=st.booleans())
+def test_queries_over_equal_contexts_read_those_of_the_first(batch: Any, one_set: bool) -> None:
+    specs, starts, stops = (list(column) for column in zip(*batch, strict=True))
+    if one_set:
+        specs = [spec and next(s for s in specs if s) for spec in specs]
+        starts = [start if spec else 0 for spec, start in zip(specs, starts, strict=True)]
+        stops = [max(start + 1, stop) for start, stop in zip(starts, stops, strict=True)]
+    rows = [
+        max(stop - max(start, spec.context_end), 0) if spec else 0
+        for spec, start, stop in zip(specs, starts, stops, strict=True)
+    ]
+    tokens = [sum(spec.context_lens) if spec else 0 for spec in specs]
+    sets = [("set" if one_set else i) if spec else None for i, spec in enumerate(specs)]
+    costs = CostModel.of(32, 8, 128, 2, 128, Rates()).with_free_sharing()
+    groups = prefill_groups(rows, tokens, sets, costs)
+    if groups is None:
+        assert not any(rows)
+        return
+    readers = [i for i, count in enumerate(rows) if count]
+    assert sorted(i for group in groups for i in group) == readers
+    assert len(groups) == (1 if one_set else len(readers))
+    levels = extend_levels(specs, starts, stops, groups)
+    apart = extend_levels(specs, starts, stops)
+    assert _groups(levels, 1) == _groups(apart, 1)
+    assert levels.contexts_rows is not None
+    places = iter(levels.contexts_rows.tolist())
+    at = [(request, row) for request, row in _rows(starts, stops)]
+    read: dict[tuple[int, int], list[int]] = {}
+    for (count, columns), group in zip(_groups(levels, 0), groups, strict=True):
+        assert {owner for owner, _ in columns} == {group[0]}
+        for _ in range(count):
+            read[at[next(places)]] = [column for _, column in columns]
+    for i, (request, row) in enumerate(at):
+        spec = specs[request]
+        assert read.get((request, row), []) == _expected(spec, row)[1]
+        assert levels.temperature[i] == np.float32(spec.temperature if spec else 1)
+        assert levels.scale[i] == np.float32(spec.scale if spec else 1)
+
+
+def _rows(starts: list[int], stops: list[int]) -> list[tuple[int, int]]:
+    """The request and the row of each new row of a batch."""
+    bounds = enumerate(zip(starts, stops, strict=True))
+    return [(request, row) for request, (start, stop) in bounds for row in range(start, stop)]
+
+
+def test_only_large_prefills_leave_the_launch_for_each_request() -> None:
+    costs = CostModel.of(32, 8, 128, 2, 128, HOPPER_RATES)
+    assert prefill_groups([256], [2048], ["a"], costs) is None
+    assert prefill_groups([256], [32768], ["a"], costs) == [[0]]
+    assert prefill_groups([0, 256, 256], [32768] * 3, ["a", "b", "b"], costs) == [[1, 2]]
+    # On FA2 the kernel is the same, and only the reading is saved.
+    older = CostModel.of(32, 8, 128, 2, 128, Rates())
+    assert prefill_groups([256], [32768], ["a"], older) is None
+    assert prefill_groups([4] * 8, [32768] * 8, ["a"] * 8, older) == [list(range(8))]
 
 
 def _document(spec: ApeSpec | None, names: list[str], column: int) -> str:

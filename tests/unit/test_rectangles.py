@@ -29,6 +29,7 @@ slow = settings(deadline=None, max_examples=30)
 class Rectangle(NamedTuple):
     rows: list[int]
     kv: list[int]  # tokens
+    in_path: bool = False
 
 
 class Problem(NamedTuple):
@@ -50,9 +51,11 @@ def problems(draw: st.DrawFn, page_size: int) -> Problem:
     found, used = [], 0
     for _ in range(draw(st.integers(0, 5))):
         members = draw(st.lists(st.integers(0, rows - 1), unique=True, max_size=rows))
-        members = [row for row in members if temperature[row] == temperature[members[0]]]
+        in_path = draw(st.booleans())
+        if not in_path:
+            members = [row for row in members if temperature[row] == temperature[members[0]]]
         length = draw(st.sampled_from([0, 1, 3, 64, 130, 500]))
-        found.append(Rectangle(members, list(range(used, used + length))))
+        found.append(Rectangle(members, list(range(used, used + length)), in_path))
         used = -(-(used + length) // page_size) * page_size
     paths = []
     for _ in range(rows):
@@ -230,8 +233,8 @@ class Path:
 @pytest.fixture(scope="module", autouse=True, params=["fa2", "fa3"])
 def on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     def merge(*given: Any) -> None:
-        *states, out, lse, v_scale = given
-        v, s = reference.merge_states_scaled(*states)
+        *states, lists, exponents, out, lse, v_scale = given
+        v, s = reference.merge_states_scaled(*states, *lists, exponents)
         out.copy_(v * v_scale)
         if lse is not None:
             lse.copy_(s)
@@ -270,6 +273,7 @@ def plan_of(problem: Problem) -> dict[str, Any]:
         scale=problem.scale,
         q_data_type=torch.float32,
         contexts_rows=torch.tensor(rows, dtype=torch.int32),
+        path_groups=torch.tensor([r.in_path for r in groups], dtype=torch.bool),
     )
 
 
@@ -292,7 +296,9 @@ def formula(
     keys, values = (cache.reshape(-1, KV_HEADS, HEAD_DIM).double() for cache in kv)
     out, lse = torch.zeros_like(q, dtype=torch.float64), torch.zeros(q.shape[:2]).double()
     for row, path in enumerate(problem.paths):
-        contexts = [t for r in problem.rectangles if row in r.rows for t in r.kv]
+        own_rectangles = [r for r in problem.rectangles if row in r.rows]
+        contexts = [t for r in own_rectangles if not r.in_path for t in r.kv]
+        path = path + [t for r in own_rectangles if r.in_path for t in r.kv]
         t, s = problem.temperature[row], problem.scale[row]
         for head in range(HEADS):
             own = head // (HEADS // KV_HEADS)
@@ -398,7 +404,8 @@ def test_the_same_rows_again_plan_the_path_alone(monkeypatch: pytest.MonkeyPatch
         ({"contexts_rows": torch.tensor([0, 2], dtype=torch.int32)}, r"\(5,\)"),
         ({"temperature": [0.8, 0.8, 0.7]}, "rows of one group"),
         ({"temperature": [0.8, 0.8]}, "1 or 3"),
-        ({"contexts_rows": None}, "cover 5 and 3 rows"),
+        ({"contexts_rows": None, "path_groups": None}, "cover 5 and 3 rows"),
+        ({"path_groups": torch.tensor([True])}, "2 are needed"),
     ],
 )
 def test_a_plan_of_rows_that_does_not_fit_says_what_is_wrong(
@@ -416,7 +423,7 @@ def test_a_graph_takes_the_kind_of_plan_that_it_was_captured_with() -> None:
     last = torch.ones(3, dtype=torch.int32)
     changes = {**one_each, "paged_kv_indptr_arr": [kv, kv], "paged_kv_last_page_len": [last, last]}
     with pytest.raises(ValueError, match="contexts_rows"):
-        wrapper.plan(**{**plan_of(PROBLEM), **changes, "contexts_rows": None})
+        wrapper.plan(**{**plan_of(PROBLEM), **changes, "contexts_rows": None, "path_groups": None})
 
 
 ##### The work
@@ -437,6 +444,7 @@ def groups(draw: st.DrawFn) -> tuple[Groups, Shape, int]:
         np.array([row for m in members for row in m], np.int32),
         indptr(pages).numpy(),
         np.array(last, np.int32),
+        np.array(draw(st.lists(st.booleans(), min_size=len(pages), max_size=len(pages))), bool),
     )
     return made, shape, draw(st.sampled_from([*fa2.TILES, *fa3.TILES.values()]))
 
@@ -473,7 +481,11 @@ def test_items_cover_every_pair_of_row_and_page_once(given: tuple[Groups, Shape,
             assert all(a[1] == b[0] for a, b in pairwise(chunks))
     lists = [work.state_index[a:b].tolist() for a, b in pairwise(work.state_indptr.tolist())]
     assert sorted(state for own in lists for state in own) == states
-    assert all(work.state_row[state] == row for row, own in enumerate(lists) for state in own)
+    in_path = np.repeat(made.in_path[work.rectangle], work.rows)
+    for row, own in enumerate(lists):
+        assert (work.state_row[own] == row).all()
+        of_path = int(work.state_indptr[row + 1] - work.path_start[row])
+        assert in_path[own].tolist() == [False] * (len(own) - of_path) + [True] * of_path
 
 
 @slow
@@ -493,8 +505,13 @@ def test_work_fits_a_captured_launch_or_says_that_it_does_not(
             make_work(made, shape, tile, sizes)
 
 
+def one_group(rows: int, pages: int) -> Groups:
+    lists = ([0, rows], range(rows), [0, pages], [1])
+    return Groups(*(np.array(x, np.int32) for x in lists), np.zeros(1, bool))
+
+
 def test_work_of_another_tile_does_not_fit() -> None:
-    made = Groups(*(np.array(x, np.int32) for x in ([0, 1], [0], [0, 9], [1])))
+    made = one_group(rows=1, pages=9)
     work = make_work(made, Shape(1, 4, 1, 9), 64)
     work.check_fits(WorkSizes(64, 9, 9))
     with pytest.raises(ValueError, match="fit"):
@@ -504,12 +521,7 @@ def test_work_of_another_tile_does_not_fit() -> None:
 @pytest.mark.parametrize(("slots", "low"), [(33, 30), (16, 16)])
 def test_long_contexts_of_many_rows_fill_the_gpu_once(slots: int, low: int) -> None:
     """32 requests over 32K tokens on an H100: one tile, chunks side by side."""
-    made = Groups(
-        np.array([0, 32], np.int32),
-        np.arange(32, dtype=np.int32),
-        np.array([0, 32768], np.int32),
-        np.ones(1, np.int32),
-    )
+    made = one_group(rows=32, pages=32768)
     work = make_work(made, Shape(32, 4, 1, slots), 128)
     assert low <= len(work.item_chunk) <= slots
     lengths = (work.end - work.begin)[work.item_chunk]
