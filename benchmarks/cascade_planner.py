@@ -24,6 +24,7 @@ from sglang_ape.spec import ApeSpec
 REQUESTS, CONTEXTS, TOKENS = 256, 64, 1024
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SLOTS = 16  # thread blocks a KV head on 132 multiprocessors
+ITEMS, STATES = 16 * SLOTS + REQUESTS, 8192  # that a captured launch has room for
 REPEATS = 50
 
 
@@ -35,7 +36,7 @@ def main() -> None:
 
 def _measure(kind: str) -> None:
     costs = CostModel.of(HEADS, KV_HEADS, HEAD_DIM, 2, 128, HOPPER_RATES)
-    planner = Planner(costs, 1 << 20, 1 << 20)
+    planner = Planner(costs, ITEMS, STATES)
     batch = [_reader(kind, i) for i in range(REQUESTS)]
     cover = planner.follow(batch)
     step, change, work = [], [], []
@@ -64,7 +65,7 @@ def _reader(kind: str, request: int) -> Reader:
 
 def _work_list(cover: Cover) -> None:
     last = np.ones(len(cover.kv_indptr) - 1, np.int32)
-    groups = Groups(cover.qo_indptr, cover.rows, cover.kv_indptr, last)
+    groups = Groups(cover.qo_indptr, cover.rows, cover.kv_indptr, last, cover.is_prefix)
     make_work(groups, Shape(REQUESTS, HEADS // KV_HEADS, 1, SLOTS), 128)
 
 

@@ -174,17 +174,25 @@ def _tokens_of_the_last(tokens: np.ndarray, items: np.ndarray, shape: Shape) -> 
 
 def _candidates(pages: np.ndarray, tiles: np.ndarray, shape: Shape, step: int) -> list[int]:
     """The shortest chunks that make no more items than run in 1, 2, ... rounds."""
+    longest, total = int(pages.max(initial=1)), int((tiles * pages).sum())
     found = []
     for rounds in range(1, _ROUNDS + 1):
-        low, high = 1, int(pages.max(initial=1)) // step + 1  # in steps
+        room = rounds * shape.slots
+        low = high = max(total // (room * step), 1)  # in steps; less makes too many for sure
+        while high * step < longest and _items(tiles, pages, high * step) > room:
+            low, high = high + 1, 2 * high
         while low < high:
             middle = (low + high) // 2
-            if int((tiles * _ceil_div(pages, middle * step)).sum()) > rounds * shape.slots:
+            if _items(tiles, pages, middle * step) > room:
                 low = middle + 1
             else:
                 high = middle
         found.append(low * step)
     return found
+
+
+def _items(tiles: np.ndarray, pages: np.ndarray, length: int) -> int:
+    return int((tiles * _ceil_div(pages, length)).sum())
 
 
 def _ceil_div(values: np.ndarray, by: np.ndarray | int) -> np.ndarray:

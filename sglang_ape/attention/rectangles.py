@@ -34,9 +34,10 @@ class Rates(NamedTuple):
     rectangle: float = 2e-7  # seconds: thread blocks that begin and end
     prefix: float = 4e-6  # seconds by which a P of few tokens lengthens a launch it fits badly
     launch: float = 2.5e-5  # seconds of the shared launches that those without rectangles lack
+    eager: float = 1e-4  # likewise in prefill, where the host launches them
 
 
-HOPPER_RATES = Rates(operations=7e14, launch=1.5e-5)
+HOPPER_RATES = Rates(operations=5e14, launch=1.5e-5)
 """FlashInfer's FA3 kernel on an H100."""
 
 
@@ -73,7 +74,8 @@ class CostModel:
 
     def with_free_sharing(self) -> CostModel:
         """The same, but only what is read costs anything."""
-        rates = Rates(self.rates.memory, cache=self.rates.memory, rectangle=0, prefix=0, launch=0)
+        memory = self.rates.memory
+        rates = Rates(memory, cache=memory, rectangle=0, prefix=0, launch=0, eager=0)
         return replace(self, state_bytes=0, row_operations=0, rates=rates)
 
     def alone(self, rows: int, tokens: int) -> float:
@@ -171,8 +173,10 @@ class Reader:
     def place(self) -> dict[Hashable, int]:
         return {key: i for i, key in enumerate(self.keys)}
 
-    def runs(self, keys: Iterable[Hashable]) -> list[tuple[int, int]]:
+    def runs(self, keys: Sequence[Hashable]) -> list[tuple[int, int]]:
         """Columns ``(start, length)`` of these contexts, neighbours as one run."""
+        if len(keys) == len(self.keys):
+            return [(self.start, self.tokens)]
         places = sorted([self.place[key] for key in keys])
         runs: list[tuple[int, int]] = []
         for place in places:
@@ -262,8 +266,7 @@ class Planner:
         slot = heapq.heappop(self._free) if self._free else len(self._slots)
         self._slots[reader] = slot
         self._sets.setdefault(reader.whole, _Set(reader.tokens)).requests += 1
-        for key, length in zip(reader.keys, reader.lengths, strict=True):
-            self._move(key, length, self._members.get(key, 0) | 1 << slot)
+        self._toggle(reader, slot)
         if reader.prefix is not None:
             prefix = reader.prefix, reader.start
             self._prefixes[prefix] = self._prefixes.get(prefix, 0) | 1 << slot
@@ -276,8 +279,7 @@ class Planner:
         found.requests -= 1
         if found.requests == 0:
             del self._sets[reader.whole]
-        for key, length in zip(reader.keys, reader.lengths, strict=True):
-            self._move(key, length, self._members[key] & ~(1 << slot))
+        self._toggle(reader, slot)
         if reader.prefix is not None:
             prefix = reader.prefix, reader.start
             self._prefixes[prefix] &= ~(1 << slot)
@@ -305,23 +307,35 @@ class Planner:
         self._cover = self._find()
         return self._cover
 
-    def _move(self, key: Hashable, length: int, members: int) -> None:
-        before = self._members.get(key, 0)
-        if before:
-            old = self._classes[before]
-            del old.keys[key]
-            old.tokens -= length
-            if not old.keys:
-                del self._classes[before]
+    def _toggle(self, reader: Reader, slot: int) -> None:
+        """A request becomes, or is no longer, a member of each of its contexts."""
+        found: dict[int, dict[Hashable, int]] = {}  # its contexts and their tokens, by class
+        for key, length in zip(reader.keys, reader.lengths, strict=True):
+            found.setdefault(self._members.get(key, 0), {})[key] = length
+        for members, keys in found.items():
+            self._leave(members, keys)
+            self._enter(members ^ 1 << slot, keys)
+
+    def _leave(self, members: int, keys: dict[Hashable, int]) -> None:
         if not members:
-            del self._members[key]
             return
-        self._members[key] = members
-        new = self._classes.get(members)
-        if new is None:
-            new = self._classes[members] = _Class()
-        new.keys[key] = length
-        new.tokens += length
+        old = self._classes[members]
+        if len(keys) == len(old.keys):
+            del self._classes[members]
+            return
+        for key in keys:
+            del old.keys[key]
+        old.tokens -= sum(keys.values())
+
+    def _enter(self, members: int, keys: dict[Hashable, int]) -> None:
+        if not members:
+            for key in keys:
+                del self._members[key]
+            return
+        self._members.update(dict.fromkeys(keys, members))
+        new = self._classes.setdefault(members, _Class())
+        new.keys.update(keys)
+        new.tokens += sum(keys.values())
 
     def _find(self) -> Cover | None:
         if len(self._slots) < 2:
@@ -434,7 +448,7 @@ class Planner:
         for row, classes in zip(leaders, rectangles.values(), strict=False):
             leader = self._batch[row]
             assert leader is not None
-            runs = leader.runs(key for c in classes for key in self._classes[c].keys)
+            runs = leader.runs([key for c in classes for key in self._classes[c].keys])
             kv_lens.append(sum(length for _, length in runs))
             segments += [(row, *run) for run in runs]
         for row, (_, length) in zip(leaders[len(rectangles) :], prefixes, strict=True):
@@ -479,7 +493,7 @@ def prefill_groups(
     for request, key in enumerate(sets):
         if rows[request] > 0 and tokens[request] > 0:
             groups.setdefault(key, []).append(request)
-    saved = -costs.rates.launch
+    saved = -costs.rates.eager
     for group in groups.values():
         read = tokens[group[0]]
         saved += sum(costs.alone(rows[request], read) for request in group)

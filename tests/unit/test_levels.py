@@ -267,7 +267,7 @@ def _rows(starts: list[int], stops: list[int]) -> list[tuple[int, int]]:
 
 def test_only_large_prefills_leave_the_launch_for_each_request() -> None:
     costs = CostModel.of(32, 8, 128, 2, 128, HOPPER_RATES)
-    assert prefill_groups([256], [2048], ["a"], costs) is None
+    assert prefill_groups([256], [8192], ["a"], costs) is None
     assert prefill_groups([256], [32768], ["a"], costs) == [[0]]
     assert prefill_groups([0, 256, 256], [32768] * 3, ["a", "b", "b"], costs) == [[1, 2]]
     # On FA2 the kernel is the same, and only the reading is saved.
