@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Optional
 
 MAX_TEMPERATURE = 10.0
 MAX_SCALE = 10.0
+MAX_CONTEXTS = 16_384
+MAX_BODY_BYTES = 64 << 20
 DEFAULT_TEMPERATURE = 0.9
 DEFAULT_SCALE = 0.9
 TREE_BACKEND = "ape"
@@ -66,6 +68,18 @@ FLAGS = (
         None,
         "Tokens that the contexts of one request may hold in all; may exceed the model's window, "
         "which is the default. Every request slot reserves 4 bytes for each.",
+    ),
+    Flag(
+        "ape_max_contexts",
+        int,
+        MAX_CONTEXTS,
+        "Contexts that one request, or one registration, may have.",
+    ),
+    Flag(
+        "ape_max_body_bytes",
+        int,
+        MAX_BODY_BYTES,
+        "Bytes that the body of a request may have on the routes that take contexts.",
     ),
     Flag(
         "ape_max_pinned_tokens",
@@ -182,6 +196,9 @@ def apply_defaults(args: Any) -> None:
     if args.ape_max_pinned_tokens is not None and args.ape_max_pinned_tokens < 0:
         given = args.ape_max_pinned_tokens
         raise ValueError(f"--ape-max-pinned-tokens must not be negative, got {given}")
+    for field in ("ape_max_contexts", "ape_max_body_bytes"):
+        if getattr(args, field) < 1:
+            raise ValueError(f"{flag_name(field)} must be at least 1, got {getattr(args, field)}")
     if args.ape_store_max_tokens < 1:
         given = args.ape_store_max_tokens
         raise ValueError(f"--ape-store-max-tokens must be positive, got {given}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sglang_ape.arguments import MAX_BODY_BYTES, MAX_CONTEXTS
 from sglang_ape.request import spec_of
 from sglang_ape.spec import ApeSpec
 
@@ -22,6 +23,8 @@ class Limits(NamedTuple):
     pool_tokens: int  # tokens that the KV pool holds
     vocab_size: int
     default_new_tokens: int = 128  # sampling/sampling_params.py: SamplingParams
+    contexts: int = MAX_CONTEXTS  # of one request or registration
+    body_bytes: int = MAX_BODY_BYTES
 
     @property
     def usable_pool_tokens(self) -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sglang_ape.arguments import MAX_SCALE, MAX_TEMPERATURE
+from sglang_ape.arguments import MAX_CONTEXTS, MAX_SCALE, MAX_TEMPERATURE
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.metrics import RequestUsage
 
@@ -94,13 +94,16 @@ current_call: ContextVar[ApeCall | None] = ContextVar("ape_call", default=None)
 """Set around one call of the engine; tasks started for the call inherit it."""
 
 
-def parse_call(fields: Mapping[str, Any], door: Door) -> ApeCall | None:
+def parse_call(
+    fields: Mapping[str, Any], door: Door, max_contexts: int = MAX_CONTEXTS
+) -> ApeCall | None:
     """Check the APE fields of a call.
 
     Args:
         fields: the body or keyword arguments; keys other than :data:`FIELDS` are not looked at,
             and None counts as not given.
         door: where the call came in; in a chat, P comes from the messages.
+        max_contexts: that each request may have.
 
     Returns:
         None when the call has no APE field.
@@ -122,7 +125,8 @@ def parse_call(fields: Mapping[str, Any], door: Door) -> ApeCall | None:
     if not contexts:
         raise ApeRequestError("contexts must not be empty", "contexts")
     if not isinstance(contexts[0], list | tuple):
-        return ApeCall([_parse_item(fields, contexts, None)], batched=False, door=door)
+        item = _parse_item(fields, contexts, None, max_contexts)
+        return ApeCall([item], batched=False, door=door)
     items = []
     for i, own in enumerate(contexts):
         if not isinstance(own, list | tuple) or not own:
@@ -131,19 +135,29 @@ def parse_call(fields: Mapping[str, Any], door: Door) -> ApeCall | None:
                 'token ids are given as {"input_ids": [...]}',
                 f"contexts[{i}]",
             )
-        items.append(_parse_item(fields, own, i))
+        items.append(_parse_item(fields, own, i, max_contexts))
     return ApeCall(items, batched=True, door=door)
 
 
-def _parse_item(fields: Mapping[str, Any], contexts: Sequence[Any], index: int | None) -> ApeItem:
+def _parse_item(
+    fields: Mapping[str, Any], contexts: Sequence[Any], index: int | None, max_contexts: int
+) -> ApeItem:
     at = "" if index is None else f"[{index}]"
-    parsed = parse_contexts(contexts, at)
+    parsed = parse_contexts(contexts, max_contexts, at)
     prefix, prefix_name = parse_prefix(fields, index)
     return ApeItem(parsed, prefix, prefix_name, _parse_options(fields, index), at)
 
 
-def parse_contexts(contexts: Sequence[Any], at: str = "") -> list[Context]:
+def parse_contexts(
+    contexts: Sequence[Any], max_contexts: int = MAX_CONTEXTS, at: str = ""
+) -> list[Context]:
     """The contexts of one request, in any of their forms; ``at`` is its index in a batch."""
+    if len(contexts) > max_contexts:
+        raise ApeRequestError(
+            f"contexts{at} has {len(contexts)} contexts, more than the {max_contexts} of "
+            "--ape-max-contexts",
+            f"contexts{at}",
+        )
     return [_parse_context(value, f"contexts{at}[{i}]") for i, value in enumerate(contexts)]
 
 

@@ -38,8 +38,7 @@ def _take_call(engine: Any, kwargs: dict[str, Any]) -> ApeCall | None:
     if not engine.server_args.enable_ape:
         name = next(iter(fields))
         raise ApeRequestError(f"{name} needs an engine made with enable_ape=True", name)
-    entry_of(engine)
-    return parse_call(fields, ENGINE)
+    return parse_call(fields, ENGINE, entry_of(engine).limits.contexts)
 
 
 def entry_of(engine: Any) -> Entry:

@@ -35,7 +35,6 @@ from sglang_ape.errors import ApeRequestError
 logger = logging.getLogger(__name__)
 
 ROUTES = {"/generate": NATIVE, "/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT}
-MAX_BODY_BYTES = 64 << 20
 _MARKS = tuple(f'"{name}"'.encode() for name in FIELDS)
 
 
@@ -80,7 +79,7 @@ class ApeMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            whole = await read_body(receive)
+            whole = await read_body(receive, self.entry.limits.body_bytes)
             if whole is None:  # the client has gone
                 return
             call, body = None, whole
@@ -102,7 +101,8 @@ class ApeMiddleware:
     def _take_fields(self, door: Door, body: bytes) -> tuple[ApeCall | None, bytes]:
         """Check and remove the APE fields; the rest of the body goes on to SGLang."""
         fields = parse_json(body)
-        call = parse_call(fields, door) if isinstance(fields, dict) else None
+        limit = self.entry.limits.contexts
+        call = parse_call(fields, door, limit) if isinstance(fields, dict) else None
         if call is None:
             return None, body
         rest = {name: value for name, value in fields.items() if name not in FIELDS}
@@ -182,8 +182,12 @@ def _door(scope: Scope) -> Door | None:
     return ROUTES.get(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
-async def read_body(receive: Receive) -> bytes | None:
+async def read_body(receive: Receive, limit: int) -> bytes | None:
     """The whole body, None if the client went away.
+
+    Args:
+        receive: of the request.
+        limit: bytes.
 
     Raises:
         ApeRequestError: 413, after reading on without keeping anything, so that the client gets
@@ -197,14 +201,14 @@ async def read_body(receive: Receive) -> bytes | None:
             return None
         chunk = message.get("body", b"")
         size += len(chunk)
-        if size <= MAX_BODY_BYTES:
+        if size <= limit:
             chunks.append(chunk)
         else:
             chunks.clear()
         more = message.get("more_body", False)
-    if size > MAX_BODY_BYTES:
+    if size > limit:
         raise ApeRequestError(
-            f"the body has {size} bytes, more than the {MAX_BODY_BYTES} that are read", None, 413
+            f"the body has {size} bytes, more than the {limit} of --ape-max-body-bytes", None, 413
         )
     return b"".join(chunks)
 

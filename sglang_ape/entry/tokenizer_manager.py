@@ -72,6 +72,8 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
             context_tokens=args.ape_max_context_tokens,
             pool_tokens=pool_tokens,
             vocab_size=config.vocab_size,
+            contexts=args.ape_max_contexts,
+            body_bytes=args.ape_max_body_bytes,
             **_preferred(manager),
         ),
         defaults=expand.Defaults(args.ape_temperature, args.ape_scale, args.ape_prefix),

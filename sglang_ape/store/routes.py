@@ -68,7 +68,7 @@ def chat_renderer(app: FastAPI, marker: ContextMarker) -> Callable[[Mapping[str,
 
 
 async def _register(service: ContextService, request: Request) -> dict[str, Any]:
-    body = await read_body(request.receive)
+    body = await read_body(request.receive, service.max_body_bytes)
     fields = parse_json(body or b"")
     if not isinstance(fields, dict):
         raise ApeRequestError("the body must be a JSON object", None)

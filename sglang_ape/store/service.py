@@ -45,6 +45,10 @@ class ContextService:
         self._registry = entry.registry
         self._render = render
 
+    @property
+    def max_body_bytes(self) -> int:
+        return self._entry.limits.body_bytes
+
     async def register(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """``POST /ape/contexts``.
 
@@ -65,7 +69,7 @@ class ContextService:
         contexts = fields.get("contexts")
         if not isinstance(contexts, Sequence) or isinstance(contexts, str) or not contexts:
             raise ApeRequestError("contexts must be a list that is not empty", "contexts")
-        parsed = parse_contexts(contexts)
+        parsed = parse_contexts(contexts, self._entry.limits.contexts)
         # Tokenising many documents would hold up every other request.
         given, encoded = await asyncio.to_thread(self._encode, fields, parsed)
         prefix, known = resolve(self._entry.store, tenant, given, encoded, "")

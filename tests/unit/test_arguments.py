@@ -116,6 +116,8 @@ def test_the_flags_and_their_defaults_are_those_of_the_contract() -> None:
         "ape_scale": None,
         "ape_prefix": None,
         "ape_max_context_tokens": None,
+        "ape_max_contexts": 16_384,
+        "ape_max_body_bytes": 67_108_864,
         "ape_max_pinned_tokens": None,
         "ape_store_max_tokens": 16_777_216,
         "ape_disable_shared_reads": False,
@@ -179,7 +181,10 @@ def test_a_scale_outside_the_range_is_refused(value: float) -> None:
     assert str(value) in message
 
 
-@pytest.mark.parametrize("field", ["ape_max_context_tokens", "ape_store_max_tokens"])
+@pytest.mark.parametrize(
+    "field",
+    ["ape_max_context_tokens", "ape_store_max_tokens", "ape_max_contexts", "ape_max_body_bytes"],
+)
 @pytest.mark.parametrize("value", [0, -5])
 def test_a_token_limit_that_is_not_positive_is_refused(field: str, value: int) -> None:
     message = refusal(apply_defaults, server_args(**{field: value}))

@@ -110,9 +110,10 @@ def build_app(recorder: Recorder, entry: Entry) -> ApeMiddleware:
     return ApeMiddleware(Starlette(routes=routes), entry)
 
 
-def make_entry(marker: Any = None) -> Entry:
+def make_entry(marker: Any = None, **limits: int) -> Entry:
     store = ContextStore("model", 10_000, 0)
-    return Entry(Tokenizer(), Limits(64, 200, 300, 1000), Defaults(0.9, 0.9), marker, store)
+    given = Limits(64, 200, 300, 1000, **limits)
+    return Entry(Tokenizer(), given, Defaults(0.9, 0.9), marker, store)
 
 
 @pytest.fixture
@@ -199,10 +200,8 @@ def test_other_methods_are_left_alone(client: TestClient, recorder: Recorder, me
     assert (recorder.body, recorder.call) == (body, None)
 
 
-def test_a_large_body_of_another_path_is_not_read(
-    client: TestClient, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", 10)
+def test_a_large_body_of_another_path_is_not_read(recorder: Recorder) -> None:
+    client = TestClient(build_app(recorder, make_entry(body_bytes=10)))
     assert client.post("/other", content=b"x" * 100).status_code == 200
     assert recorder.body == b"x" * 100
 
@@ -395,10 +394,8 @@ def test_deep_nesting_beyond_any_parser_is_refused(client: TestClient, recorder:
     assert_refused(client.post("/generate", content=body), None, recorder)
 
 
-def test_a_body_beyond_the_limit_gets_413(
-    client: TestClient, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", 1000)
+def test_a_body_beyond_the_limit_gets_413(recorder: Recorder) -> None:
+    client = TestClient(build_app(recorder, make_entry(body_bytes=1000)))
     body = json.dumps(request_body("/generate", text="q" * 2000))
     response = client.post("/generate", content=body)
     assert_refused(response, None, recorder, status=413)
@@ -407,11 +404,24 @@ def test_a_body_beyond_the_limit_gets_413(
     assert "1000" in message
 
 
-def test_a_body_at_the_limit_is_read(
-    client: TestClient, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("contexts", "field"), [(["a"] * 4, "contexts"), ([["a"], ["a"] * 4], "contexts[1]")]
+)
+def test_more_contexts_than_allowed_are_refused_with_both_numbers(
+    recorder: Recorder, contexts: list[Any], field: str
 ) -> None:
+    client = TestClient(build_app(recorder, make_entry(contexts=3)))
+    assert client.post("/generate", json=request_body("/generate")).status_code == 200
+    response = client.post("/generate", json=request_body("/generate", contexts=contexts))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == field
+    assert "4 contexts" in error["message"] and "3 of --ape-max-contexts" in error["message"]
+
+
+def test_a_body_at_the_limit_is_read(recorder: Recorder) -> None:
     body = json.dumps(request_body("/generate")).encode()
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", len(body))
+    client = TestClient(build_app(recorder, make_entry(body_bytes=len(body))))
     assert client.post("/generate", content=body).status_code == 200
 
 
@@ -445,11 +455,10 @@ def run(coroutine: Any) -> Any:
     return asyncio.run(coroutine)
 
 
-def test_nothing_of_an_oversized_body_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_an_oversized_body_is_kept() -> None:
     class Piece(bytearray):
         """Bytes that can be watched."""
 
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", 250)
     alive: list[int] = []
     watched: list[weakref.ref[Piece]] = []
 
@@ -460,7 +469,7 @@ def test_nothing_of_an_oversized_body_is_kept(monkeypatch: pytest.MonkeyPatch) -
         return {"type": "http.request", "body": piece, "more_body": len(watched) < 20}
 
     with pytest.raises(ApeRequestError) as caught:
-        run(http.read_body(receive))
+        run(http.read_body(receive, 250))
     assert caught.value.status_code == 413
     assert max(alive) <= 4, alive
     assert alive[-1] <= 1, alive

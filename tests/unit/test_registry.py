@@ -17,7 +17,6 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from sglang_ape.entry import http
 from sglang_ape.entry.call import NATIVE, ApeCall, current_call
 from sglang_ape.entry.tokenizer_manager import Entry
 from sglang_ape.errors import ApeRequestError
@@ -955,11 +954,15 @@ def test_a_wrong_field_over_http_is_named(client: TestClient) -> None:
     assert_error(client.post("/ape/contexts", json=body(A, pin="yes")), 400, "pin")
 
 
-def test_a_body_beyond_the_limit_gets_413(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", 20)
-    assert_error(client.post("/ape/contexts", json=body(A)), 413, None)
+def test_what_is_beyond_a_limit_is_refused(server: Server, client: TestClient) -> None:
+    cases = (({"body_bytes": 20}, 413, None), ({"contexts": 1}, 400, "contexts"))
+    for limits, status, field in cases:
+        service = make_service(server)
+        service._entry = service._entry._replace(limits=LIMITS._replace(**limits))
+        app = FastAPI()
+        add_routes(app, service)
+        assert_error(TestClient(app).post("/ape/contexts", json=body(A, A)), status, field)
+    assert client.post("/ape/contexts", json=body(A, A)).status_code == 200
 
 
 def test_what_the_engine_refuses_gets_its_message(server: Server, client: TestClient) -> None:
