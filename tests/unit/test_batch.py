@@ -157,3 +157,18 @@ def test_prefill_needs_no_readers() -> None:
     announce(make_request("a", SPEC))
     found = step.ape_batch(["a"])
     assert found is not None and not found.readers
+
+
+def test_a_prefix_is_known_by_its_tokens_under_one_cache_key() -> None:
+    requests = [make_request(rid, SPEC) for rid in "abc"]
+    requests[1].origin_input_ids = range(1, 1 + len(requests[1].origin_input_ids))
+    requests[2].extra_key = "tenant"
+    again = make_request("d", SPEC)
+    first, other, tenant, same = (reader.prefix for reader in readers_of(*requests, again))
+    assert first == same
+    assert len({first, other, tenant}) == 3
+
+
+def test_an_empty_prefix_is_nothing_to_share() -> None:
+    (reader,) = readers_of(make_request("a", ApeSpec(0, (3,), 0.9, 0.9, "set")))
+    assert reader.prefix is None
