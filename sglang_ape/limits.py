@@ -106,6 +106,43 @@ def _check_beside_pins(manager: Any, obj: Any, input_ids: Sequence[int] | None) 
         )
 
 
+def around_get_new_batch_prefill_raw(
+    original: Callable[..., tuple[Any, Any]], scheduler: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
+    """AROUND hook on ``Scheduler._get_new_batch_prefill_raw``: an empty batch is not full.
+
+    SGLang calls the running batch full when a request finds no room, and looks again once something
+    has ended. Where pins came after a large request was accepted, nothing may be running at that
+    time: then nobody would ever look again.
+    """
+    batch, running = original(scheduler, *args, **kwargs)
+    if batch is None and running.batch_is_full and running.is_empty():
+        pins = getattr(scheduler.tree_cache, "pins", None)
+        if pins is not None:
+            running.batch_is_full = False
+            _refuse_what_pins_keep_out(scheduler, pins)
+    return batch, running
+
+
+def _refuse_what_pins_keep_out(scheduler: Any, pins: Any) -> None:
+    """Answer the request that found no room in an idle engine, at the second look, with 400.
+
+    As ``Scheduler.abort_request`` does to one that waits. Others would wait behind it for as long
+    as the pins last.
+    """
+    req = scheduler.waiting_queue[0]
+    if not pins.any_held or scheduler.__dict__.get("ape_kept_out") != req.rid:
+        scheduler.ape_kept_out = req.rid
+        return
+    from sglang.srt.managers.io_struct import AbortReq
+
+    scheduler.waiting_queue.remove(req)
+    message = "The request needs more KV tokens than contexts that were pinned since it came leave"
+    reason = {"type": "abort", "status_code": 400, "message": message}
+    refused = AbortReq(rid=req.rid, finished_reason=reason)
+    scheduler.ipc_channels.send_to_tokenizer.send_output(refused, req)
+
+
 def around_init_req_max_new_tokens(original: Callable[..., None], scheduler: Any, req: Any) -> None:
     """AROUND hook on ``Scheduler.init_req_max_new_tokens``; the pool's own bound stays as it is."""
     spec = spec_of(req)

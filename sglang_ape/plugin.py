@@ -27,6 +27,7 @@ def hooks() -> tuple[Hook, ...]:
     from sglang_ape.attention.batch import after_init_new
     from sglang_ape.entry import engine, tokenizer_manager
     from sglang_ape.limits import (
+        around_get_new_batch_prefill_raw,
         around_init_req_max_new_tokens,
         around_validate_input_length,
         around_validate_one_request,
@@ -60,6 +61,12 @@ def hooks() -> tuple[Hook, ...]:
             around_init_req_max_new_tokens,
         ),
         Hook(f"{srt}.managers.utils.validate_input_length", "AROUND", around_validate_input_length),
+        # pins that came after a request: it must not keep the others waiting
+        Hook(
+            f"{srt}.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+            "AROUND",
+            around_get_new_batch_prefill_raw,
+        ),
         # the context store: questions to the scheduler
         Hook(
             f"{srt}.managers.scheduler.Scheduler.init_request_dispatcher",

@@ -60,6 +60,10 @@ class Pins:
             del self._waiting[path]
 
     @property
+    def any_held(self) -> bool:
+        return bool(self._locked)
+
+    @property
     def any_waiting(self) -> bool:
         return bool(self._waiting)
 

@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sglang_ape.entry.beside import check_template_kwargs, to_json
 from sglang_ape.entry.call import (
     CHAT,
     COMPLETIONS,
@@ -112,15 +113,17 @@ class ApeMiddleware:
         if door.chat:
             if self.entry.marker is None:
                 raise ApeRequestError("contexts in a chat need a tokenizer", "contexts")
+            check_template_kwargs(rest.get("chat_template_kwargs"))
             rest["messages"] = self.entry.marker.mark(rest.get("messages"))
         call.items = [
             item._replace(contexts=encode_contexts(self.entry.tokenizer, item.contexts, item.at))
             for item in call.items
         ]
-        try:
-            return call, json.dumps(rest).encode()
-        except RecursionError:
-            raise ApeRequestError("the body is nested too deeply", None) from None
+        if door is not NATIVE:
+            for name in ("extra_key", "cache_salt"):
+                if not isinstance(rest.get(name), str | None):
+                    raise ApeRequestError(f"{name} must be a string", name)
+        return call, to_json(rest)
 
 
 class _Replay:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_ape import metrics
 from sglang_ape.entry import expand
+from sglang_ape.entry.beside import check_fields, check_sampling
 from sglang_ape.entry.call import ApeCall, ApeItem, Door, Ids, current_call, parse_ids
 from sglang_ape.entry.chat import ContextMarker
 from sglang_ape.entry.known import resolve
@@ -30,6 +31,13 @@ _FORBIDDEN_BESIDE_CONTEXTS = (
     "input_embeds",
     "session_params",
     "session_id",
+    "positional_embed_overrides",
+    "multi_item_delimiter_indices",
+    "http_worker_ipc",
+    "need_wait_for_mm_inputs",
+    "num_items_assigned",
+    "mm_data_mooncake",
+    "encoder_urls",
 )
 
 
@@ -137,7 +145,10 @@ def apply_call(entry: Entry, call: ApeCall, obj: Any) -> list[RowParts]:
         got = "one list" if len(call.items) == 1 else f"{len(call.items)} lists"
         raise ApeRequestError(f"{name} needs {wanted}, got {got}", "contexts")
 
+    check_fields(obj, len(queries), batched, entry.limits.vocab_size, call.door)
     sampling = _sampling_params(obj.sampling_params, len(queries))
+    for params in sampling:
+        check_sampling(params, call.door)
     rows, parts = [], []
     for i, (item, query, params) in enumerate(zip(call.items, queries, sampling, strict=True)):
         query_name = f"{name}[{i}]" if batched else name

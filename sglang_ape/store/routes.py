@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import JSONResponse
 
+from sglang_ape.entry.beside import check_template_kwargs
 from sglang_ape.entry.call import CHAT
 from sglang_ape.entry.chat import ContextMarker
 from sglang_ape.entry.http import parse_json, read_body
@@ -51,6 +52,7 @@ def chat_renderer(app: FastAPI, marker: ContextMarker) -> Callable[[Mapping[str,
         from pydantic import ValidationError
         from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
+        check_template_kwargs(fields.get("chat_template_kwargs"))
         messages = fields["messages"]
         if isinstance(messages, list) and "user" not in [_role(message) for message in messages]:
             messages = [*messages, {"role": "user", "content": "\n"}]
@@ -62,7 +64,12 @@ def chat_renderer(app: FastAPI, marker: ContextMarker) -> Callable[[Mapping[str,
             name = ".".join(map(str, first["loc"]))
             raise ApeRequestError(f"{name}: {first['msg']}", CHAT.text) from None
         chat = app.state.openai_serving_chat
-        return marker.split(chat._process_messages(request, is_multimodal=False).prompt_ids)[0]
+        try:
+            rendered = chat._process_messages(request, is_multimodal=False)
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            # The template, or SGLang before it, could not read what the caller gave.
+            raise ApeRequestError(f"messages cannot be rendered: {error}", CHAT.text) from error
+        return marker.split(rendered.prompt_ids)[0]
 
     return render
 

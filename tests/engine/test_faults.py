@@ -38,13 +38,20 @@ def body(new_tokens: int, **fields: Any) -> dict[str, Any]:
 
 
 async def _asked(
-    server: Server, bodies: list[tuple[str, dict[str, Any]]], then: Any
+    server: Server,
+    bodies: list[tuple[str, dict[str, Any]]],
+    then: Any,
+    seconds: float = 1.5,
+    apart: float = 0.0,
 ) -> list[httpx.Response | Exception]:
-    """Send all at once, do something while they are under way, and return what became of each."""
+    """Send all, do something while they are under way, and return what became of each."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
-        tasks = [asyncio.create_task(client.post(path, json=given)) for path, given in bodies]
-        await asyncio.sleep(1.5)
+        tasks = []
+        for path, given in bodies:
+            tasks.append(asyncio.create_task(client.post(path, json=given)))
+            await asyncio.sleep(apart)
+        await asyncio.sleep(seconds)
         assert not all(task.done() for task in tasks), "they were done before anything happened"
         then()
         return await asyncio.gather(*tasks, return_exceptions=True)
@@ -91,6 +98,32 @@ def test_a_killed_scheduler_ends_the_server_which_says_why(server: Server) -> No
         assert isinstance(answer, httpx.TransportError) or answer.status_code >= 500, answer
     _assert_gone(family, GRACE_SECONDS)
     assert "scheduler" in server.log_tail().lower()
+
+
+def test_a_request_that_later_pins_keep_out_is_refused_and_the_others_go_on(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    flags = ("--enable-ape", "--max-total-tokens", "1200", "--ape-max-pinned-tokens", "300")
+    contexts = {"contexts": [{"input_ids": [200 + i, *range(65)]} for i in range(4)]}
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    large = {"input_ids": [5, 6] * 500, "sampling_params": sampling}
+    small = {"input_ids": [5, 6], "sampling_params": sampling}
+    running = {"input_ids": [9] * 200, "sampling_params": {**sampling, "max_new_tokens": 600}}
+    with Server(tiny_llama, flags, tmp_path / "log") as server:
+        assert server.post("/ape/contexts", contexts).status_code == 200
+
+        def pin() -> None:
+            assert server.post("/ape/contexts", {**contexts, "pin": True}).status_code == 200
+
+        bodies = [("/generate", running), ("/generate", large), ("/generate", small)]
+        answers = asyncio.run(_asked(server, bodies, pin, seconds=0.1, apart=0.15))
+        assert all(isinstance(answer, httpx.Response) for answer in answers), answers
+        assert [answer.status_code for answer in answers] == [200, 400, 200]
+        assert "pinned since it came" in answers[1].text
+        for context in server.client.get("/ape/contexts").json()["contexts"]:
+            server.client.delete(f"/ape/contexts/{context['id']}")
+        server.generate(large)
+        server.assert_clean()
 
 
 def test_a_port_in_use_ends_the_start_and_leaves_the_other_server_alone(

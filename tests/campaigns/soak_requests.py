@@ -1,0 +1,282 @@
+"""Requests of the soak, drawn at random, and the check of their answers."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from tests.campaigns.soak_jobs import MAX_NEW_TOKENS, Corpus, Ids, Job, Place
+
+TOLERANCE = 1e-4  # of a log-probability
+
+Body = dict[str, Any]
+
+
+class Kind(StrEnum):
+    """A route, and how it is asked to answer."""
+
+    GENERATE = "/generate"
+    STREAM = "/generate, stream"
+    SAMPLES = "/generate, n > 1"
+    BATCH = "/generate, batch"
+    COMPLETIONS = "/v1/completions"
+    COMPLETIONS_STREAM = "/v1/completions, stream"
+
+    @property
+    def streams(self) -> bool:
+        return self in (Kind.STREAM, Kind.COMPLETIONS_STREAM)
+
+    @property
+    def native(self) -> bool:
+        return self.value.startswith("/generate")
+
+    @property
+    def path(self) -> str:
+        return self.value.partition(",")[0]
+
+
+class Fate(StrEnum):
+    """What the client does; all but the first end a request before its time."""
+
+    WAIT = "waits for the answer"
+    ABORT = "POST /abort_request"
+    HALF_BODY = "disconnects within the body"
+    WHOLE_BODY = "disconnects after the body"
+    NO_ANSWER = "disconnects before the answer"
+    FIRST_EVENT = "disconnects at the first event"
+    MID_STREAM = "disconnects in the stream"
+
+
+_OF_ALL = {Fate.WAIT: 66, Fate.ABORT: 12, Fate.HALF_BODY: 3, Fate.WHOLE_BODY: 4}
+_OF_WHOLE_ANSWERS = {**_OF_ALL, Fate.NO_ANSWER: 12}
+_OF_STREAMS = {**_OF_ALL, Fate.FIRST_EVENT: 6, Fate.MID_STREAM: 8}
+_KINDS = {
+    Kind.GENERATE: 40,
+    Kind.STREAM: 20,
+    Kind.SAMPLES: 6,
+    Kind.BATCH: 8,
+    Kind.COMPLETIONS: 14,
+    Kind.COMPLETIONS_STREAM: 12,
+}
+
+
+class Ask(NamedTuple):
+    """One request."""
+
+    number: int
+    kind: Kind
+    jobs: tuple[Job, ...]
+    samples: int  # answers to each job
+    new_tokens: int
+    body: Body
+    places: frozenset[Place]  # of contexts that it gives by id
+    fate: Fate
+    delay: float  # seconds until it is aborted or the client disconnects
+    events: int  # that the client reads before it disconnects
+
+    @property
+    def sort(self) -> str:
+        if not self.jobs[0].documents:
+            return "plain"
+        return "contexts, some by id" if self.places else "contexts"
+
+    def needed_tokens(self, corpus: Corpus) -> int:
+        """What the largest of its jobs may come to hold."""
+        return max(job.prompt_tokens(corpus) for job in self.jobs) + self.new_tokens
+
+
+class Answer(NamedTuple):
+    """One sequence of tokens, from any route."""
+
+    tokens: Ids
+    finish: str | None
+    logprobs: list[tuple[float, int]]  # with the tokens; those that came, if asked for
+
+
+class Draw:
+    """Draws requests; equal arguments draw equal ones.
+
+    Args:
+        ids: of registered contexts, by place.
+    """
+
+    def __init__(
+        self, corpus: Corpus, jobs: Sequence[Job], ids: Mapping[Place, str], seed: str
+    ) -> None:
+        self._corpus = corpus
+        self._jobs = jobs
+        self._ids = ids
+        self._seed = seed
+
+    def ask(self, number: int) -> Ask:
+        rng = random.Random(f"{self._seed} {number}")
+        kind = _weighted(rng, _KINDS)
+        fate = _weighted(rng, _OF_STREAMS if kind.streams else _OF_WHOLE_ANSWERS)
+        first = rng.choice(self._jobs)
+        jobs = [first]
+        if kind is Kind.BATCH:
+            alike = [job for job in self._jobs if bool(job.documents) == bool(first.documents)]
+            jobs += rng.choices(alike, k=rng.randint(1, 2))
+        samples = rng.randint(2, 3) if kind is Kind.SAMPLES else 1
+        # What is ended early should still run when its end comes.
+        new_tokens = rng.randint(3, 10) if fate is Fate.WAIT else rng.randint(10, MAX_NEW_TOKENS)
+        if any(len(job.documents) > 10 or len(job.query) > 600 for job in jobs):
+            new_tokens = min(new_tokens, 10)
+        places: set[Place] = set()
+        prompts = _prompts(self._corpus, jobs, rng, self._ids, places)
+        rid = f"{self._seed}-{number:06d}"
+        body = _native(kind, jobs, prompts, samples, new_tokens, rid, rng)
+        if not kind.native:
+            body = _completions(kind, prompts[0], new_tokens, rid)
+        delay = rng.choice((0.0, 0.02, 0.1, 0.3, 1.0)) * rng.random()
+        events = 1 if fate is Fate.FIRST_EVENT else rng.randint(2, 8)
+        return Ask(
+            number,
+            kind,
+            tuple(jobs),
+            samples,
+            new_tokens,
+            body,
+            frozenset(places),
+            fate,
+            delay,
+            events,
+        )
+
+
+def _prompts(
+    corpus: Corpus,
+    jobs: Sequence[Job],
+    rng: random.Random,
+    ids: Mapping[Place, str],
+    places: set[Place],
+) -> list[Body]:
+    """The fields that make the prompts; what is given by id is added to ``places``."""
+    by_id = rng.random() < 0.35
+    without_prefix = by_id and len(jobs) == 1 and rng.random() < 0.5
+    prompts: list[Body] = []
+    for job in jobs:
+        if not job.documents:
+            prompts.append({"input_ids": job.query})
+            continue
+        contexts: list[Body] = []
+        for place in rng.sample(job.places, k=len(job.places)):  # their order has no effect
+            if by_id and (without_prefix or rng.random() < 0.5):
+                contexts.append({"id": ids[place]})
+                places.add(place)
+            else:
+                contexts.append({"input_ids": corpus.documents[place[1]]})
+        prompt = {
+            "input_ids": job.query,
+            "contexts": contexts,
+            "prefix_ids": corpus.prefixes[job.prefix],
+            "ape": {"temperature": job.temperature, "scale": job.scale},
+        }
+        if without_prefix:
+            del prompt["prefix_ids"]  # it comes with the ids
+        prompts.append(prompt)
+    return prompts
+
+
+def _native(
+    kind: Kind,
+    jobs: Sequence[Job],
+    prompts: Sequence[Body],
+    samples: int,
+    new_tokens: int,
+    rid: str,
+    rng: random.Random,
+) -> Body:
+    params = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    body: Body = {"sampling_params": params, "rid": rid, **prompts[0]}
+    if samples > 1:
+        params["n"] = samples
+    if len(jobs) > 1:
+        body |= {name: [prompt[name] for prompt in prompts] for name in prompts[0]}
+        body["rid"] = [f"{rid}-{i}" for i in range(len(jobs))]
+    if kind.streams:
+        body["stream"] = True
+    elif rng.random() < 0.5:
+        body["return_logprob"] = True
+    return body
+
+
+def _completions(kind: Kind, prompt: Body, new_tokens: int, rid: str) -> Body:
+    rest = {name: value for name, value in prompt.items() if name != "input_ids"}
+    return {
+        "model": "tiny",
+        "prompt": prompt["input_ids"],
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": kind.streams,
+        "rid": rid,
+        **rest,
+    }
+
+
+def answers_of(ask: Ask, reply: Any) -> list[Answer]:
+    """The answers in a JSON body."""
+    if not ask.kind.native:
+        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+        return [Answer(choice["token_ids"], choice["finish_reason"], []) for choice in choices]
+    return [
+        Answer(
+            one["output_ids"],
+            one["meta_info"]["finish_reason"]["type"],
+            [(row[0], row[1]) for row in one["meta_info"].get("output_token_logprobs", ())],
+        )
+        for one in (reply if isinstance(reply, list) else [reply])
+    ]
+
+
+def answer_of_stream(ask: Ask, events: Sequence[Any]) -> Answer:
+    """What the events of a stream come to; the finish is None if it has not ended."""
+    if ask.kind.native:
+        tokens: Ids = []
+        finish = None
+        for event in events:
+            finish = (event["meta_info"]["finish_reason"] or {}).get("type")
+            # SGLang's event of a request aborted in the queue repeats one token alone.
+            tokens = tokens if finish == "abort" else event["output_ids"]
+        return Answer(tokens, finish, [])
+    choices = [choice for event in events for choice in event["choices"]]
+    tokens = [token for choice in choices for token in choice.get("token_ids") or ()]
+    finishes = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+    return Answer(tokens, finishes[-1] if finishes else None, [])
+
+
+def faults_in(ask: Ask, answers: Sequence[Answer], partial: bool = False) -> Iterator[str]:
+    """How answers differ from the oracle's, or partial and aborted ones from its beginning."""
+    if len(answers) != len(ask.jobs) * ask.samples:
+        yield f"{len(answers)} answers to {len(ask.jobs)} jobs, {ask.samples} samples each"
+        return
+    for i, answer in enumerate(answers):
+        if answer.finish == "abort" and ask.fate is not Fate.ABORT:
+            yield f"answer {i} was aborted, and nobody asked for that"
+        whole = not partial and answer.finish != "abort"
+        fault = _fault(answer, ask.jobs[i // ask.samples], ask.new_tokens, whole)
+        if fault:
+            yield f"answer {i}: {fault}"
+
+
+def _fault(answer: Answer, job: Job, new_tokens: int, whole: bool) -> str | None:
+    expected = job.tokens[:new_tokens]
+    if not whole:
+        begins = answer.tokens == expected[: len(answer.tokens)]
+        return None if begins else f"{answer.tokens} does not begin the oracle's {expected}"
+    if answer.tokens != expected or answer.finish != "length":
+        return f"{answer.tokens}, finish {answer.finish}, is not the oracle's {expected}"
+    # SGLang drops the log-probability of a token now and then when it retracts a request.
+    remaining = iter(zip(expected, job.logprobs, strict=False))
+    for logprob, token in answer.logprobs:
+        if not any(
+            token == wanted and abs(logprob - best) <= TOLERANCE for wanted, best in remaining
+        ):
+            return f"log-probability {logprob} of token {token} is not the oracle's"
+    return None
+
+
+def _weighted(rng: random.Random, weights: Mapping[Any, int]) -> Any:
+    return rng.choices(list(weights), list(weights.values()))[0]

@@ -1,0 +1,125 @@
+"""What a server holds of the operating system: processes, threads, file handles, memory."""
+
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+# Python's default pool starts a thread whenever it happens to be busy, up to this many.
+_POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_MIB = 1 << 20
+
+
+class Holdings(NamedTuple):
+    """Of one process."""
+
+    name: str
+    threads: int
+    handles: Counter[str]  # open file handles by what they are open on, sockets and pipes by kind
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.handles.total()} file handles, {self.threads} threads"
+
+
+Census = dict[int, Holdings]  # by process id
+
+
+def census(root: int) -> Census:
+    """Of a process and all that descend from it."""
+    return {pid: _holdings(pid) for pid in descendants(root)}
+
+
+def settled_census(root: int, most: Census | None = None, seconds: float = 30) -> Census:
+    """A census that no longer changes; with ``most``, one that is within it, if that comes about.
+
+    What was closed by a client takes the server some seconds to close as well.
+    """
+    deadline = time.monotonic() + seconds
+    last = census(root)
+    while time.monotonic() < deadline:
+        time.sleep(3)
+        now = census(root)
+        if now == last and (most is None or not left_over(most, now)):
+            return now
+        last = now
+    return last
+
+
+def left_over(before: Census, after: Census) -> list[str]:
+    """What is there now and was not before, in words."""
+    found = [f"process {after[pid].name} ({pid}) is new" for pid in after.keys() - before.keys()]
+    found += [f"process {before[pid].name} ({pid}) ended" for pid in before.keys() - after.keys()]
+    for pid in before.keys() & after.keys():
+        old, new = before[pid], after[pid]
+        if new.handles.total() > old.handles.total():
+            more = dict(new.handles - old.handles)
+            found.append(f"{new.name}: file handles {old.handles.total()} before, now also {more}")
+        if new.threads > old.threads + _POOL_THREADS:
+            found.append(f"{new.name}: {new.threads} threads, {old.threads} before")
+    return found
+
+
+def descendants(root: int) -> list[int]:
+    """The process and its children, theirs included."""
+    found = [root]
+    for pid in found:
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            with suppress(OSError):
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def resident_bytes(pids: Sequence[int]) -> dict[int, int]:
+    """Resident memory of each process that is alive."""
+    sizes = {}
+    for pid in pids:
+        with suppress(OSError):
+            sizes[pid] = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    return sizes
+
+
+class Memory:
+    """Resident memory of processes over time."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = pids
+        self._samples: list[dict[int, int]] = []
+
+    def sample(self) -> None:
+        self._samples.append(resident_bytes(self._pids))
+
+    def thirds(self, pid: int) -> list[float]:
+        """The median of each third of the time, in MiB."""
+        sizes = [sample[pid] / _MIB for sample in self._samples if pid in sample]
+        third = max(len(sizes) // 3, 1)
+        parts = sizes[:third], sizes[third:-third] or sizes, sizes[-third:]
+        return [statistics.median(part) for part in parts]
+
+
+def _holdings(pid: int) -> Holdings:
+    handles: Counter[str] = Counter()
+    threads = 0
+    with suppress(OSError):
+        threads = len(os.listdir(f"/proc/{pid}/task"))
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                handles[os.readlink(handle).split(":[")[0]] += 1
+    return Holdings(_name(pid), threads, handles)
+
+
+def _name(pid: int) -> str:
+    """The title that a process gave itself, or the module or program that it runs."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return "?"
+    if "-m" in words:
+        return words[words.index("-m") + 1]
+    if "-c" in words:
+        return words[words.index("-c") + 1][:60]
+    return words[0].strip()
