@@ -138,16 +138,7 @@ def extend_levels(
         if plan and plan.query_rows:
             contexts.add(request, Path(plan.query_rows, (plan.contexts,)))
             settings.append(_settings_of(specs[request]))
-    temperature, scale = np.array(settings, np.float32).reshape(-1, 2).T
-    return Levels(
-        np.array(contexts.row + paths.row, np.int32),
-        np.array(contexts.start + paths.start, np.int32),
-        _indptr(contexts.length + paths.length),
-        (_indptr(contexts.rows), _indptr(paths.rows)),
-        (_indptr(contexts.kv_len), _indptr(paths.kv_len)),
-        temperature,
-        scale,
-    )
+    return _joined(contexts, paths, np.array(settings))
 
 
 def _with_groups(
@@ -167,16 +158,24 @@ def _with_groups(
         of_group = [_query_rows(plans[i], starts[i], first[i]) for i in group]
         rows += of_group
         contexts.add(group[0], Path((0, sum(map(len, of_group))), (leader.contexts,)))
-    settings = np.repeat([_settings_of(spec) for spec in specs], lens, axis=0).astype(np.float32)
+    settings = np.repeat([_settings_of(spec) for spec in specs], lens, axis=0)
+    return _joined(contexts, paths, settings, np.concatenate(rows))
+
+
+def _joined(
+    contexts: _Level, paths: _Level, settings: np.ndarray, contexts_rows: np.ndarray | None = None
+) -> Levels:
+    """Both levels; ``settings`` are T and S, of each group or of each row."""
+    temperature, scale = np.ascontiguousarray(settings.reshape(-1, 2).T, np.float32)
     return Levels(
         np.array(contexts.row + paths.row, np.int32),
         np.array(contexts.start + paths.start, np.int32),
         _indptr(contexts.length + paths.length),
         (_indptr(contexts.rows), _indptr(paths.rows)),
         (_indptr(contexts.kv_len), _indptr(paths.kv_len)),
-        np.ascontiguousarray(settings[:, 0]),
-        np.ascontiguousarray(settings[:, 1]),
-        np.concatenate(rows),
+        temperature,
+        scale,
+        contexts_rows,
     )
 
 
