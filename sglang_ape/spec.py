@@ -1,7 +1,8 @@
-"""What an APE request is to the engine: segments of one token row, and T and S.
+"""What an APE request is to the engine: segments of one token row, T and S, and a bias.
 
 An APE request is one ordinary request whose row is ``P + C_1 + ... + C_N + Q``; generated tokens
-continue Q. Everything here is arithmetic on lengths: no torch, no SGLang.
+continue Q. A scoring request has a copy of Q for each context in the place of Q. Everything here is
+arithmetic on lengths: no torch, no SGLang.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ CONTEXT_LENS = "ape_context_lens"
 TEMPERATURE = "ape_temperature"
 SCALE = "ape_scale"
 NAMESPACE = "ape_namespace"
-CUSTOM_PARAM_KEYS = frozenset({PREFIX_LEN, CONTEXT_LENS, TEMPERATURE, SCALE, NAMESPACE})
+BIAS = "ape_bias"
+COPY_LEN = "ape_copy_len"
+CUSTOM_PARAM_KEYS = frozenset(
+    {PREFIX_LEN, CONTEXT_LENS, TEMPERATURE, SCALE, NAMESPACE, BIAS, COPY_LEN}
+)
 
 
 class Segment(NamedTuple):
@@ -40,8 +45,10 @@ class ApeSpec:
         context_lens: tokens of each context in row order, all positive.
         temperature: T > 0, divides the logits of the contexts pass.
         scale: S >= 0; the contexts' log-sum-exp is multiplied by S * T before the merge.
-        namespace: names the set of contexts with T and S, whatever their order; the KV of Q and
-            of the answer depends on all of it and is cached under this name.
+        namespace: names the set of contexts with T, S and the bias, whatever their order; the KV
+            of Q and of the answer depends on all of it and is cached under this name.
+        bias: for each context what is added to its log-sum-exp (natural, after T) before the
+            contexts are joined; at most 0, and 0 for one of them. Empty: none.
 
     Source: APE paper, section 4; positions and merge as in the terms of docs/how-it-works.md.
     """
@@ -51,6 +58,7 @@ class ApeSpec:
     temperature: float
     scale: float
     namespace: str
+    bias: tuple[float, ...] = ()
 
     @cached_property
     def context_starts(self) -> tuple[int, ...]:
@@ -100,17 +108,22 @@ class ApeSpec:
 
     def reordered(self, order: Sequence[int]) -> ApeSpec:
         """The same request with context ``order[k]`` at place k."""
-        return replace(self, context_lens=tuple(self.context_lens[i] for i in order))
+        return replace(
+            self,
+            context_lens=tuple(self.context_lens[i] for i in order),
+            bias=tuple(self.bias[i] for i in order) if self.bias else (),
+        )
 
     def to_custom_params(self) -> dict[str, Any]:
         """Flat scalars and lists, the form that survives both of SGLang's IPC encodings."""
-        return {
+        params = {
             PREFIX_LEN: self.prefix_len,
             CONTEXT_LENS: list(self.context_lens),
             TEMPERATURE: self.temperature,
             SCALE: self.scale,
             NAMESPACE: self.namespace,
         }
+        return {**params, BIAS: list(self.bias)} if self.bias else params
 
     @classmethod
     def from_custom_params(cls, params: Any) -> ApeSpec | None:
@@ -121,10 +134,72 @@ class ApeSpec:
         """
         if not isinstance(params, dict) or CONTEXT_LENS not in params:
             return None
+        if COPY_LEN in params:
+            return ScoreSpec.of(params[PREFIX_LEN], params[CONTEXT_LENS], params[COPY_LEN])
         return cls(
             prefix_len=params[PREFIX_LEN],
             context_lens=tuple(params[CONTEXT_LENS]),
             temperature=params[TEMPERATURE],
             scale=params[SCALE],
             namespace=params[NAMESPACE],
+            bias=tuple(params.get(BIAS, ())),
         )
+
+
+@dataclass(frozen=True)
+class ScoreSpec(ApeSpec):
+    """A row that asks how likely Q is after each context alone: ``P + C_1 + ... + C_N + tail``.
+
+    The tail has a *copy* for each context: its last token once more, and Q. Copy k attends to P, to
+    the context at ``places[k]`` without its last token, and to its own past, at the positions that
+    follow. So the log-probabilities of a copy are those of the ordinary request ``P + C_i + Q``.
+    No copy is ever cached, and a scoring request generates nothing.
+
+    Args:
+        copy_len: tokens of a copy, 1 + len(Q).
+        places: where the context of each copy stands in the row.
+    """
+
+    copy_len: int = 0
+    places: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, prefix_len: int, context_lens: Sequence[int], copy_len: int) -> ScoreSpec:
+        """The spec of a row as it is sent: its copies in the order of the contexts."""
+        lens = tuple(context_lens)
+        return cls(prefix_len, lens, 1.0, 1.0, "", (), copy_len, tuple(range(len(lens))))
+
+    @cached_property
+    def hidden_tokens(self) -> int:
+        """Rows less positions: the copy of the longest context uses the last one."""
+        copies = (len(self.places) - 1) * self.copy_len
+        return sum(self.context_lens) - max(self.context_lens) + copies + 1
+
+    def copies(self, start: int, stop: int) -> Iterator[Segment]:
+        """The parts of copies that rows [start, stop) cover, with their contexts' places."""
+        start = max(start, self.context_end)
+        for k in range((start - self.context_end) // self.copy_len, len(self.places)):
+            begin = self.context_end + k * self.copy_len
+            if begin >= stop:
+                return
+            yield Segment(self.places[k], max(begin, start), min(begin + self.copy_len, stop))
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        out = super().positions(start, stop)
+        for place, begin, end in self.copies(start, stop):
+            first = self.prefix_len + self.context_lens[place] - 1
+            offset = (begin - self.context_end) % self.copy_len
+            out[begin - start : end - start] = np.arange(end - begin) + first + offset
+        return out
+
+    def reordered(self, order: Sequence[int]) -> ScoreSpec:
+        """Contexts change places, copies stay where they are."""
+        new_place = {place: k for k, place in enumerate(order)}
+        return replace(
+            self,
+            context_lens=tuple(self.context_lens[i] for i in order),
+            places=tuple(new_place[place] for place in self.places),
+        )
+
+    def to_custom_params(self) -> dict[str, Any]:
+        return {**super().to_custom_params(), COPY_LEN: self.copy_len}

@@ -34,7 +34,7 @@ from sglang_ape.attention.rectangles import (
     Rates,
     prefill_groups,
 )
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import ApeSpec, ScoreSpec
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +138,9 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             return None
         rows, tokens = [], []
         for spec, start, stop in zip(batch.specs, starts, stops, strict=True):
+            reads_all = spec is not None and not isinstance(spec, ScoreSpec)
             end = spec.context_end if spec else stop
-            rows.append(max(stop - max(start, end), 0))
+            rows.append(max(stop - max(start, end), 0) if reads_all else 0)
             tokens.append(end - spec.prefix_len if spec else 0)
         if sum(rows) > MOST_PREFILL_ROWS:
             return None

@@ -1,15 +1,16 @@
 """Cut the new rows of a request into the sub-sequences of the path pass and the contexts pass.
 
 The *path* pass is causal over a token's own past: P and its own context for context tokens, P and
-Q for query and generated tokens. The *contexts* pass lets query and generated tokens see every
-context, in no order. Only row ranges are handled here: no torch, no slots.
+Q for query and generated tokens, P and one context for a copy of Q that is being scored. The
+*contexts* pass lets query and generated tokens see every context, in no order. Only row ranges are
+handled here: no torch, no slots.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import ApeSpec, ScoreSpec
 
 RowRange = tuple[int, int]  # half-open
 
@@ -39,7 +40,18 @@ def plan_request(spec: ApeSpec, start: int, stop: int) -> RequestPlan:
     for index, begin, end in spec.context_segments(start, stop):
         paths.append(Path((begin, end), (prefix, (spec.context_starts[index], end))))
     query_rows = None
-    if stop > spec.context_end:
+    if isinstance(spec, ScoreSpec):
+        paths += _paths_of_copies(spec, start, stop)
+    elif stop > spec.context_end:
         query_rows = (max(start, spec.context_end), stop)
         paths.append(Path(query_rows, (prefix, (spec.context_end, stop))))
     return RequestPlan(tuple(paths), query_rows, (spec.prefix_len, spec.context_end))
+
+
+def _paths_of_copies(spec: ScoreSpec, start: int, stop: int) -> list[Path]:
+    paths = []
+    for place, begin, end in spec.copies(start, stop):
+        first = begin - (begin - spec.context_end) % spec.copy_len  # of the copy
+        context = (spec.context_starts[place], spec.context_stops[place] - 1)
+        paths.append(Path((begin, end), ((0, spec.prefix_len), context, (first, end))))
+    return paths

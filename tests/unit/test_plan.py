@@ -6,9 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ape.attention.plan import Path, RequestPlan, RowRange, plan_request
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import ApeSpec, ScoreSpec
 
 fast = settings(deadline=None, max_examples=80)
+score_specs = st.builds(
+    ScoreSpec.of,
+    prefix_len=st.integers(0, 6),
+    context_lens=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    copy_len=st.integers(2, 5),
+)
 
 
 @st.composite
@@ -131,3 +137,26 @@ def test_a_decode_step_is_one_path_and_the_contexts() -> None:
     assert [path.rows for path in plan.paths] == [(12, 13)]
     assert seen_by_plan(plan) == {12: [0, 1, 9, 10, 11, 12]}
     assert (plan.query_rows, plan.contexts) == ((12, 13), (2, 9))
+
+
+@fast
+@given(data=st.data(), spec=score_specs)
+def test_a_copy_of_the_query_sees_its_own_context_alone(
+    data: st.DataObject, spec: ScoreSpec
+) -> None:
+    order = data.draw(st.permutations(range(len(spec.context_lens))))
+    spec = spec.reordered(order)
+    rows = spec.context_end + len(order) * spec.copy_len
+    cuts = data.draw(st.lists(st.integers(1, rows - 1), max_size=6))
+    seen = {}
+    for start, stop in pairwise(sorted({0, *cuts, rows})):
+        plan = plan_request(spec, start, stop)
+        assert plan.query_rows is None
+        seen |= seen_by_plan(plan)
+    prefix = list(range(spec.prefix_len))
+    for k, place in enumerate(spec.places):
+        context = range(spec.context_starts[place], spec.context_stops[place] - 1)
+        begin = spec.context_end + k * spec.copy_len
+        for row in range(begin, begin + spec.copy_len):
+            assert seen[row] == [*prefix, *context, *range(begin, row + 1)]
+    assert sorted(seen) == list(range(rows))

@@ -1,5 +1,6 @@
 """Segments and positions of an APE row, against the rule said in words."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_ape.spec import CUSTOM_PARAM_KEYS, ApeSpec
+from sglang_ape.spec import BIAS, COPY_LEN, CUSTOM_PARAM_KEYS, ApeSpec, ScoreSpec
 
 specs = st.builds(
     ApeSpec,
@@ -16,6 +17,12 @@ specs = st.builds(
     temperature=st.floats(0.1, 10),
     scale=st.floats(0, 10),
     namespace=st.text(max_size=5),
+)
+score_specs = st.builds(
+    ScoreSpec.of,
+    prefix_len=st.integers(0, 12),
+    context_lens=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    copy_len=st.integers(2, 6),
 )
 fast = settings(deadline=None, max_examples=60)
 
@@ -151,7 +158,7 @@ def test_custom_params_round_trip(spec: ApeSpec) -> None:
 @given(spec=specs)
 def test_custom_params_are_flat_scalars_and_lists_under_the_reserved_keys(spec: ApeSpec) -> None:
     params = spec.to_custom_params()
-    assert set(params) == CUSTOM_PARAM_KEYS
+    assert set(params) == CUSTOM_PARAM_KEYS - {BIAS, COPY_LEN}
     for value in params.values():
         items = value if isinstance(value, list) else [value]
         assert all(type(item) in (int, float, str) for item in items)
@@ -160,3 +167,41 @@ def test_custom_params_are_flat_scalars_and_lists_under_the_reserved_keys(spec: 
 @pytest.mark.parametrize("params", [None, {}, {"seed": 1}, [], "ape_context_lens"])
 def test_a_plain_request_has_no_spec(params: object) -> None:
     assert ApeSpec.from_custom_params(params) is None
+
+
+@fast
+@given(data=st.data(), spec=specs)
+def test_a_bias_travels_with_its_context(data: st.DataObject, spec: ApeSpec) -> None:
+    count = len(spec.context_lens)
+    spec = replace(spec, bias=tuple(-float(i) for i in range(count)))
+    assert ApeSpec.from_custom_params(spec.to_custom_params()) == spec
+    order = data.draw(st.permutations(range(count)))
+    assert spec.reordered(order).bias == tuple(spec.bias[i] for i in order)
+
+
+@fast
+@given(data=st.data(), spec=score_specs)
+def test_a_copy_stands_where_it_would_behind_its_context_alone(
+    data: st.DataObject, spec: ScoreSpec
+) -> None:
+    order = data.draw(st.permutations(range(len(spec.context_lens))))
+    sent, spec = spec, spec.reordered(order)
+    rows = spec.context_end + len(order) * spec.copy_len
+    positions = spec.positions(0, rows).tolist()
+    for k, length in enumerate(sent.context_lens):  # copies stay in the order they were sent in
+        end = spec.prefix_len + length
+        begin = spec.context_end + k * spec.copy_len
+        expected = list(range(end - 1, end - 1 + spec.copy_len))
+        assert positions[begin : begin + spec.copy_len] == expected
+        assert spec.context_lens[spec.places[k]] == length
+    assert positions[: spec.context_end] == expected_positions(spec, query_len=0)
+    assert rows - spec.hidden_tokens == max(positions) + 1
+    cuts = data.draw(st.lists(st.integers(0, rows), max_size=8))
+    pieces = [spec.positions(a, b) for a, b in pairwise([0, *sorted(cuts), rows])]
+    assert np.concatenate(pieces).tolist() == positions
+
+
+@fast
+@given(spec=score_specs)
+def test_a_scoring_row_survives_the_way_to_the_scheduler(spec: ScoreSpec) -> None:
+    assert ApeSpec.from_custom_params(spec.to_custom_params()) == spec
