@@ -114,6 +114,10 @@ class ApeSpec:
             bias=tuple(self.bias[i] for i in order) if self.bias else (),
         )
 
+    def cacheable(self, stop: int) -> int:
+        """How many of rows [0, stop) may go to the cache."""
+        return stop
+
     def to_custom_params(self) -> dict[str, Any]:
         """Flat scalars and lists, the form that survives both of SGLang's IPC encodings."""
         params = {
@@ -200,6 +204,9 @@ class ScoreSpec(ApeSpec):
             context_lens=tuple(self.context_lens[i] for i in order),
             places=tuple(new_place[place] for place in self.places),
         )
+
+    def cacheable(self, stop: int) -> int:
+        return min(stop, self.context_end)
 
     def to_custom_params(self) -> dict[str, Any]:
         return {**super().to_custom_params(), COPY_LEN: self.copy_len}

@@ -3,7 +3,8 @@
 The KV of a context depends on P and on itself alone, exactly as if ``P + C_i`` were an ordinary
 prompt. So ``[P, C_i]`` is stored as an ordinary path, contexts become sibling subtrees under the
 node where P ends, and plain requests share them in both directions. The KV of the query and of
-the answer depends on the set of contexts, T and S: it lives in a namespace of its own.
+the answer depends on the set of contexts and on how they are read: it lives in a namespace of its
+own. The copies of Q of a scoring request are never stored.
 
 Source: ``mem_cache/radix_cache.py`` of SGLang 0.5.17, whose node helpers are used directly.
 """
@@ -173,12 +174,13 @@ class ApeRadixCache(RadixCache):
             super().cache_unfinished_req(req, chunked=chunked)
             return
         end = req.extend_range.end
-        handle = self._store_row(req, spec, req.full_untruncated_fill_ids, end, chunked)
+        stored = spec.cacheable(end)
+        handle = self._store_row(req, spec, req.full_untruncated_fill_ids, stored, chunked)
         self.inc_lock_ref(handle)
         self.dec_lock_ref(req.last_node)
         row = self.req_to_token_pool.req_to_token[req.req_pool_idx, :end]
         req.prefix_indices = row.to(torch.int64, copy=True)
-        req.cache_protected_len = end
+        req.cache_protected_len = stored
         req.last_node = handle
 
     def cache_finished_req(
@@ -194,14 +196,19 @@ class ApeRadixCache(RadixCache):
         if is_insert and not self.disable_finished_insert:
             ids = req.origin_input_ids + req.output_ids
             end = min(kv_len_to_handle, len(ids))
-            handle = self._store_row(req, spec, ids, end, chunked=False)
+            stored = spec.cacheable(end)
+            handle = self._store_row(req, spec, ids, stored, chunked=False)
             _mark_used(handle, req.priority or 0)
+            self._free_rows(req, stored, end)
         else:
-            start = req.cache_protected_len
-            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, start:kv_len_to_handle]
-            self.token_to_kv_pool_allocator.free_segment(row.to(torch.int64), start_pos=start)
+            self._free_rows(req, req.cache_protected_len, kv_len_to_handle)
         if req.last_node is not None:
             self.dec_lock_ref(req.last_node)
+
+    def _free_rows(self, req: Any, start: int, stop: int) -> None:
+        if start < stop:
+            row = self.req_to_token_pool.req_to_token[req.req_pool_idx, start:stop]
+            self.token_to_kv_pool_allocator.free_segment(row.to(torch.int64), start_pos=start)
 
     def _delete_leaf(self, node: TreeNode) -> None:
         if node in self._context_ends:
@@ -225,7 +232,7 @@ class ApeRadixCache(RadixCache):
             found = self._match_some(req, spec, prefix_node, ids, extra_key)
         values = values + found.values
         handle = handle._replace(contexts=found.nodes)
-        if found.whole and limit > spec.context_end:
+        if found.whole and spec.cacheable(limit) > spec.context_end:
             query = RadixKey(ids[spec.context_end : limit], _query_namespace(extra_key, spec))
             query_values, node = self._match_path(self.root_node, query)
             if query_values:

@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.radix_cache import TreeNode
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ape.cache.tree import ApeRadixCache, Handle
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import ApeSpec, ScoreSpec
 
 POOL = 200
 P = [1, 2, 3]
@@ -116,6 +116,8 @@ class Request(Req):
         for context in contexts:
             found += beginnings(path, prefix, context)
         group = group_of(prefix, contexts, spec.temperature, spec.scale)
+        if isinstance(spec, ScoreSpec):
+            group = f"copies of {self.rid}"  # nobody may read them
         found += beginnings(query_namespace(self.extra_key, group), (), rest)
         return found[:stop]
 
@@ -160,6 +162,22 @@ def ape(
     ids = prefix + [token for context in contexts for token in context] + query
     parts = Parts(prefix, list(contexts), query, temperature, scale)
     return Request(ids, spec.to_custom_params(), extra_key, parts)
+
+
+def scoring(
+    *contexts: list[int],
+    prefix: list[int] = P,
+    query: list[int] = Q,
+    extra_key: str | None = None,
+) -> Request:
+    """Asks for the likelihood of a query after each context alone."""
+    spec = ScoreSpec.of(len(prefix), [len(context) for context in contexts], 1 + len(query))
+    copies = [token for context in contexts for token in [context[-1], *query]]
+    ids = prefix + [token for context in contexts for token in context] + copies
+    parts = Parts(prefix, list(contexts), copies, 1.0, 1.0)
+    req = Request(ids, spec.to_custom_params(), extra_key, parts)
+    req.return_logprob, req.logprob_start_len = True, spec.context_end
+    return req
 
 
 def plain(ids: list[int], extra_key: str | None = None) -> Request:
