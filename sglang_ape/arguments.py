@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+
+if TYPE_CHECKING:
+    from sglang_ape.calibrate.profile import Profile
 
 MAX_TEMPERATURE = 10.0
 MAX_SCALE = 10.0
@@ -12,6 +16,14 @@ MAX_CONTEXTS = 16_384
 MAX_BODY_BYTES = 64 << 20
 DEFAULT_TEMPERATURE = 0.9
 DEFAULT_SCALE = 0.9
+# What a profile may hold for requests that give none, and what holds without one.
+_OF_PROFILE = {
+    "temperature": DEFAULT_TEMPERATURE,
+    "scale": DEFAULT_SCALE,
+    "soft": 0.0,
+    "refine": 0,
+    "prefix": None,
+}
 TREE_BACKEND = "ape"
 ATTENTION_BACKENDS = ("flashinfer", "torch_native")
 
@@ -38,8 +50,8 @@ FLAGS = (
         "ape_profile",
         Optional[str],  # noqa: UP045  SGLang's argument parser knows this spelling only
         None,
-        "File of python -m sglang_ape.calibrate, with T, S and the shared prefix for requests "
-        "that give none.",
+        "File of python -m sglang_ape.calibrate, with T, S, the shared prefix and what else it "
+        "chose for requests that give none.",
     ),
     Flag(
         "ape_temperature",
@@ -56,11 +68,33 @@ FLAGS = (
         f"Default: the profile's, else {DEFAULT_SCALE}.",
     ),
     Flag(
+        "ape_soft",
+        Optional[float],  # noqa: UP045
+        None,
+        "Weight of the query's log-likelihood after each context, 0 (off) or more; a request may "
+        "override it. Default: the profile's, else 0.",
+    ),
+    Flag(
+        "ape_refine",
+        Optional[int],  # noqa: UP045
+        None,
+        "Contexts of highest likelihood of the query that are encoded as one sequence, the others "
+        "being left out; 0: off. A request may override it. Default: the profile's, else 0.",
+    ),
+    Flag(
         "ape_prefix",
         Optional[str],  # noqa: UP045
         None,
         "Text of the prefix, to which special tokens are added, for requests that give none; chats "
         "have their template's. Default: the profile's, else the BOS token and two newlines.",
+    ),
+    Flag(
+        "ape_warm",
+        Optional[str],  # noqa: UP045
+        None,
+        "File of JSON lines with invented items in the format of the contexts, which stand at the "
+        "end of the server's own prefix and of chats' templates; an empty name: none. Default: the "
+        "profile's.",
     ),
     Flag(
         "ape_max_context_tokens",
@@ -190,6 +224,8 @@ def apply_defaults(args: Any) -> None:
         raise ValueError(f"--ape-temperature must be in (0, 10], got {args.ape_temperature}")
     if not 0 <= args.ape_scale <= MAX_SCALE:
         raise ValueError(f"--ape-scale must be in [0, 10], got {args.ape_scale}")
+    _check_ladder(args)
+    warm_items(args)  # a bad file is found before the model is loaded
     if args.ape_max_context_tokens is not None and args.ape_max_context_tokens < 1:
         given = args.ape_max_context_tokens
         raise ValueError(f"--ape-max-context-tokens must be positive, got {given}")
@@ -209,19 +245,55 @@ def apply_defaults(args: Any) -> None:
 
 
 def _resolve_profile(args: Any) -> None:
-    """Fill in T, S and the prefix: a flag goes before the profile, and that before a default."""
-    profile = None
-    if args.ape_profile is not None:
-        from sglang_ape.calibrate.profile import ProfileError, read
-
-        try:
-            profile = read(args.ape_profile)
-        except ProfileError as error:
-            raise ValueError(f"--ape-profile: {error}") from None
-    defaults = {"temperature": DEFAULT_TEMPERATURE, "scale": DEFAULT_SCALE, "prefix": None}
-    for name, default in defaults.items():
+    """Fill in defaults of requests: a flag goes before the profile, and that before a default."""
+    profile = _profile(args)
+    for name, default in _OF_PROFILE.items():
         if getattr(args, f"ape_{name}") is None:
             setattr(args, f"ape_{name}", default if profile is None else getattr(profile, name))
+
+
+def _profile(args: Any) -> Profile | None:
+    if args.ape_profile is None:
+        return None
+    from sglang_ape.calibrate.profile import ProfileError, read
+
+    try:
+        return read(args.ape_profile)
+    except ProfileError as error:
+        raise ValueError(f"--ape-profile: {error}") from None
+
+
+def _check_ladder(args: Any) -> None:
+    """Raises ValueError where soft or refine is out of range, or both are on."""
+    soft, refine = args.ape_soft, args.ape_refine
+    if not 0 <= soft < math.inf:
+        raise ValueError(f"--ape-soft must be 0 or more and finite, got {soft}")
+    if not isinstance(refine, int) or refine < 0:
+        raise ValueError(f"--ape-refine must be a whole number, 0 or more, got {refine}")
+    if soft > 0 and refine > 0:
+        raise ValueError(
+            f"--ape-soft {soft:g} and --ape-refine {refine} cannot be combined: refined contexts "
+            "are one sequence and have nothing to weigh; give one of them as 0"
+        )
+
+
+def warm_items(args: Any) -> tuple[str, ...]:
+    """Texts that end the server's own prefix: those of ``--ape-warm``, else of the profile.
+
+    Raises:
+        ValueError: the file cannot be read, or a line of it is no item.
+    """
+    if args.ape_warm == "":
+        return ()
+    if args.ape_warm is None:
+        profile = _profile(args)
+        return () if profile is None else tuple(profile.warm)
+    from sglang_ape.warm.items import WarmError, read
+
+    try:
+        return read(args.ape_warm)
+    except WarmError as error:
+        raise ValueError(f"--ape-warm: {error}") from None
 
 
 def warn_of_profile(args: Any) -> None:

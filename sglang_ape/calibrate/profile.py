@@ -20,7 +20,7 @@ class ProfileError(ValueError):
 
 
 class Profile(BaseModel):
-    """T, S and P for requests that give none.
+    """T, S, P and the rung of the quality ladder for requests that give none.
 
     Attributes:
         version: of the file format.
@@ -28,6 +28,9 @@ class Profile(BaseModel):
         temperature: T.
         scale: S.
         prefix: P as text, special tokens are added to it; None: the built-in default.
+        soft: λ; 0: off.
+        refine: m; 0: off. Not beside ``soft``.
+        warm: texts of the items that end the server's own prefix and those of chats.
         report: figures of the calibration, for people; the server does not read them.
     """
 
@@ -38,6 +41,9 @@ class Profile(BaseModel):
     temperature: Annotated[float, Field(gt=0, le=MAX_TEMPERATURE, allow_inf_nan=False)]
     scale: Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)]
     prefix: str | None = None
+    soft: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    refine: Annotated[int, Field(ge=0)] = 0
+    warm: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     report: dict[str, Any] = Field(default_factory=dict)
 
     def is_for(self, *names: str | None) -> bool:

@@ -42,8 +42,8 @@ class ApeOptions(BaseModel):
         None
     )
     scale: Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)] | None = None
-    soft: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    refine: Annotated[int, Field(ge=0)] = 0
+    soft: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    refine: Annotated[int, Field(ge=0)] | None = None
 
 
 class ApeItem(NamedTuple):

@@ -28,11 +28,14 @@ class Row(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """T, S and P of requests that do not give their own."""
+    """What requests have that do not give their own."""
 
     temperature: float
     scale: float
     prefix: str | None = None  # None: as encode_prefix says
+    soft: float = 0.0  # λ; 0: off
+    refine: int = 0  # m; 0: off
+    warm: tuple[Ids, ...] = ()  # items that end the server's own P, and that of a chat
 
 
 def encode_text(tokenizer: Any, text: str, param: str, special_tokens: bool = False) -> Ids:
@@ -59,6 +62,38 @@ def encode_prefix(tokenizer: Any, prefix: Text | None, name: str) -> Ids:
     newlines = encode_text(tokenizer, "\n\n", name)
     bos = tokenizer.bos_token_id
     return newlines if bos is None else array("I", [bos]) + newlines
+
+
+def server_prefix(tokenizer: Any, defaults: Defaults, name: str) -> Ids:
+    """Token ids of P where a request gives none."""
+    return with_warm(encode_prefix(tokenizer, defaults.prefix, name), defaults)
+
+
+def with_warm(prefix: Ids, defaults: Defaults) -> Ids:
+    """P with the server's warm items at its end; for a P that no request gave as it is."""
+    return sum(defaults.warm, start=prefix)
+
+
+def encode_warm(tokenizer: Any, texts: Sequence[str], window: int) -> tuple[Ids, ...]:
+    """Token ids of the warm items, each tokenised as a context is.
+
+    Args:
+        tokenizer: None with ``skip_tokenizer_init``.
+        texts: of the items.
+        window: of the model, in tokens.
+
+    Raises:
+        ValueError: there is no tokenizer, an item has no token, or all have too many.
+    """
+    if texts and tokenizer is None:
+        raise ValueError("--ape-warm needs a tokenizer")
+    encoded = tuple(encode_text(tokenizer, text, "--ape-warm") for text in texts)
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"--ape-warm: the item {text[:80]!r} has no token")
+    if (tokens := sum(map(len, encoded))) >= window:
+        raise ValueError(f"--ape-warm: {tokens} tokens; the model's window is {window}")
+    return encoded
 
 
 def encode_contexts(tokenizer: Any, contexts: Sequence[Context], at: str) -> list[Ids | ContextId]:

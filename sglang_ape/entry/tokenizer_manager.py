@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_ape import metrics
+from sglang_ape.arguments import warm_items
 from sglang_ape.entry import expand
 from sglang_ape.entry.beside import check_fields, check_sampling
 from sglang_ape.entry.call import ApeCall, ApeItem, Door, Ids, current_call, parse_ids
@@ -84,7 +85,14 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
             body_bytes=args.ape_max_body_bytes,
             **_preferred(manager),
         ),
-        defaults=expand.Defaults(args.ape_temperature, args.ape_scale, args.ape_prefix),
+        defaults=expand.Defaults(
+            args.ape_temperature,
+            args.ape_scale,
+            args.ape_prefix,
+            args.ape_soft,
+            args.ape_refine,
+            expand.encode_warm(tokenizer, warm_items(args), config.context_len),
+        ),
         marker=ContextMarker(tokenizer) if with_chat and tokenizer is not None else None,
         store=store,
         registry=Registry(manager, store, counted),
@@ -184,6 +192,7 @@ def _row(
     if door.chat:
         assert entry.marker is not None  # the HTTP door marked the messages with it
         own_prefix, query = (array("I", ids) for ids in entry.marker.split(query))
+        own_prefix = expand.with_warm(own_prefix, entry.defaults)
         prefix_name = door.text
     else:
         if item.prefix is not None:
@@ -195,8 +204,7 @@ def _row(
     encoded = expand.encode_contexts(entry.tokenizer, item.contexts, item.at)
     prefix, contexts = resolve(entry.store, tenant, own_prefix, encoded, item.at)
     if prefix is None:
-        default = entry.defaults.prefix
-        prefix = expand.encode_prefix(entry.tokenizer, default, item.prefix_name)
+        prefix = expand.server_prefix(entry.tokenizer, entry.defaults, item.prefix_name)
     names = expand.Names(prefix_name, f"contexts{item.at}", query_name, door.new_tokens)
     given = params.get("max_new_tokens")
     new_tokens = given if isinstance(given, int) else None

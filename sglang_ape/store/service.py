@@ -74,8 +74,7 @@ class ContextService:
         given, encoded = await asyncio.to_thread(self._encode, fields, parsed)
         prefix, known = resolve(self._entry.store, tenant, given, encoded, "")
         if prefix is None:
-            default = self._entry.defaults.prefix
-            prefix = expand.encode_prefix(self._entry.tokenizer, default, "prefix")
+            prefix = expand.server_prefix(self._entry.tokenizer, self._entry.defaults, "prefix")
         expand.check_contexts(prefix, known, self._entry.limits)
         registered = await self._registry.register(tenant, prefix, known, pin)
         return {
@@ -167,7 +166,7 @@ class ContextService:
         if given == ["messages"]:
             if self._render is None:
                 raise ApeRequestError("messages need a server with a chat template", "messages")
-            prefix = array("I", self._render(fields))
+            prefix = expand.with_warm(array("I", self._render(fields)), self._entry.defaults)
         elif given:
             text, name = parse_prefix(fields)
             prefix = expand.encode_prefix(self._entry.tokenizer, text, name)

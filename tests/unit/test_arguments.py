@@ -18,6 +18,7 @@ from sglang_ape.arguments import (
     flag_name,
     refuse_combinations,
     refuse_model,
+    warm_items,
     warn_of_profile,
 )
 from sglang_ape.limits import POOL_MARGIN, Limits, pin_cap
@@ -114,7 +115,10 @@ def test_the_flags_and_their_defaults_are_those_of_the_contract() -> None:
         "ape_profile": None,
         "ape_temperature": None,
         "ape_scale": None,
+        "ape_soft": None,
+        "ape_refine": None,
         "ape_prefix": None,
+        "ape_warm": None,
         "ape_max_context_tokens": None,
         "ape_max_contexts": 16_384,
         "ape_max_body_bytes": 67_108_864,
@@ -154,6 +158,9 @@ def test_without_ape_nothing_is_changed() -> None:
         ("ape_prefix", "", "--ape-prefix"),
         ("ape_temperature", 0.9, "--ape-temperature"),
         ("ape_scale", 1.0, "--ape-scale"),
+        ("ape_soft", 0.0, "--ape-soft"),
+        ("ape_refine", 2, "--ape-refine"),
+        ("ape_warm", "", "--ape-warm"),
         ("ape_max_context_tokens", 10, "--ape-max-context-tokens"),
         ("ape_max_pinned_tokens", 0, "--ape-max-pinned-tokens"),
         ("ape_store_max_tokens", 10, "--ape-store-max-tokens"),
@@ -179,6 +186,36 @@ def test_a_scale_outside_the_range_is_refused(value: float) -> None:
     message = refusal(apply_defaults, server_args(ape_scale=value))
     assert "--ape-scale" in message
     assert str(value) in message
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), float("-inf")])
+def test_a_soft_weight_that_is_negative_or_not_finite_is_refused(value: float) -> None:
+    message = refusal(apply_defaults, server_args(ape_soft=value))
+    assert "--ape-soft" in message
+    assert str(value) in message
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, float("nan")])
+def test_refine_other_than_a_count_is_refused(value: float) -> None:
+    message = refusal(apply_defaults, server_args(ape_refine=value))
+    assert "--ape-refine" in message
+    assert str(value) in message
+
+
+def test_soft_and_refine_are_off_unless_given() -> None:
+    args = server_args()
+    apply_defaults(args)
+    assert (args.ape_soft, args.ape_refine) == (0, 0)
+    for flags in ({"ape_soft": 0.3, "ape_refine": 0}, {"ape_soft": 0.0, "ape_refine": 2}):
+        args = server_args(**flags)
+        apply_defaults(args)
+        assert flags.items() <= vars(args).items()
+
+
+def test_soft_and_refine_together_are_refused_with_both_names() -> None:
+    message = refusal(apply_defaults, server_args(ape_soft=0.3, ape_refine=2))
+    assert "--ape-soft 0.3" in message
+    assert "--ape-refine 2" in message
 
 
 @pytest.mark.parametrize(
@@ -239,6 +276,32 @@ def test_a_flag_goes_before_the_profile_and_the_profile_before_the_default(
         assert resolved(args) == expected
 
 
+@pytest.mark.parametrize(
+    ("profile", "flags", "expected"),
+    [
+        ({}, {}, [0, 0]),
+        ({"soft": 0.3}, {}, [0.3, 0]),
+        ({"refine": 2}, {}, [0, 2]),
+        ({"soft": 0.3}, {"ape_soft": 0.0}, [0, 0]),
+        ({"soft": 0.3}, {"ape_soft": 0.1}, [0.1, 0]),
+        ({"soft": 0.3}, {"ape_soft": 0.0, "ape_refine": 1}, [0, 1]),
+    ],
+)
+def test_soft_and_refine_come_from_the_flag_or_else_the_profile(
+    tmp_path: Path, profile: dict[str, Any], flags: dict[str, Any], expected: list[float]
+) -> None:
+    args = server_args(ape_profile=profile_file(tmp_path, **profile), **flags)
+    for _ in range(2):
+        apply_defaults(args)
+        assert [args.ape_soft, args.ape_refine] == expected
+
+
+def test_refine_of_a_flag_beside_soft_of_the_profile_is_refused(tmp_path: Path) -> None:
+    args = server_args(ape_profile=profile_file(tmp_path, soft=0.3), ape_refine=2)
+    message = refusal(apply_defaults, args)
+    assert "--ape-soft" in message and "--ape-refine" in message
+
+
 def test_a_profile_without_a_prefix_leaves_the_default_one(tmp_path: Path) -> None:
     args = server_args(ape_profile=profile_file(tmp_path, prefix=None))
     apply_defaults(args)
@@ -256,7 +319,11 @@ def test_a_profile_without_a_prefix_leaves_the_default_one(tmp_path: Path) -> No
         ('{"version": 1, "model": "m", "temperature": 0, "scale": 1}', "temperature"),
         ('{"version": 1, "model": "m", "temperature": "1", "scale": 1}', "temperature"),
         ('{"version": 1, "model": "m", "temperature": 1, "scale": 11}', "scale"),
-        ('{"version": 1, "model": "m", "temperature": 1, "scale": 1, "soft": 1}', "soft"),
+        ('{"version": 1, "model": "m", "temperature": 1, "scale": 1, "softer": 1}', "softer"),
+        ('{"version": 1, "model": "m", "temperature": 1, "scale": 1, "soft": -1}', "soft"),
+        ('{"version": 1, "model": "m", "temperature": 1, "scale": 1, "refine": 1.5}', "refine"),
+        ('{"version": 1, "model": "m", "temperature": 1, "scale": 1, "warm": "a"}', "warm"),
+        ('{"version": 1, "model": "m", "temperature": 1, "scale": 1, "warm": [""]}', "warm.0"),
         ('{"version": 1, "temperature": 1, "scale": 1}', "model: Field required"),
     ],
 )
@@ -293,6 +360,63 @@ def test_a_profile_of_another_model_is_warned_of(
     warn_of_profile(server_args(ape_profile=path, model_path=model, served_model_name=served))
     assert bool(caplog.records) == warned
     assert all(path in one.message and model in one.message for one in caplog.records)
+
+
+# ---------------------------------------------------------------- warm items
+
+
+@pytest.mark.parametrize(
+    ("content", "items"),
+    [
+        ('"one"\n{"text": "two"}\n', ("one", "two")),
+        ('"one\\n"\r\n\n  \n"two\\u2028"', ("one\n", "two\u2028")),
+    ],
+)
+def test_warm_items_are_strings_or_objects_with_a_text(
+    tmp_path: Path, content: str, items: tuple[str, ...]
+) -> None:
+    path = tmp_path / "warm.jsonl"
+    path.write_text(content)
+    args = server_args(ape_warm=str(path))
+    apply_defaults(args)
+    assert warm_items(args) == items
+    assert args.ape_warm == str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        ("\n\n", "holds no item"),
+        ('"one"\n{', "line 2: not JSON"),
+        ('"one"\n\n""', "line 3: is empty"),
+        ('{"text": ""}', "line 1: is empty"),
+        ("7", "line 1: must be a string"),
+        ('{"text": 7}', "line 1: must be a string"),
+        ('{"text": "one", "id": 1}', "line 1: an object must have the key 'text' and no other"),
+        ('{"input_ids": [1]}', "line 1: an object must have the key 'text' and no other"),
+        ('"\\ud800"', "line 1: not JSON"),
+    ],
+)
+def test_a_file_without_warm_items_is_refused_with_flag_file_and_line(
+    tmp_path: Path, content: str | None, reason: str
+) -> None:
+    path = tmp_path / "warm.jsonl"
+    if content is not None:
+        path.write_text(content)
+    message = refusal(apply_defaults, server_args(ape_warm=str(path)))
+    assert message.startswith(f"--ape-warm: {path}")
+    assert reason in message
+
+
+def test_warm_items_of_the_profile_hold_unless_a_flag_is_given(tmp_path: Path) -> None:
+    profile = profile_file(tmp_path, warm=["one\n", "two\n"])
+    own = tmp_path / "warm.jsonl"
+    own.write_text('"mine"')
+    assert warm_items(server_args(ape_profile=profile)) == ("one\n", "two\n")
+    assert warm_items(server_args(ape_profile=profile, ape_warm=str(own))) == ("mine",)
+    assert warm_items(server_args(ape_profile=profile, ape_warm="")) == ()
+    assert warm_items(server_args()) == ()
 
 
 # ---------------------------------------------------------------- how much may be pinned

@@ -20,6 +20,9 @@ profiles = st.builds(
     temperature=st.floats(0, 10, exclude_min=True),
     scale=st.floats(0, 10) | st.integers(0, 10),
     prefix=st.none() | text,
+    soft=st.floats(0, 10),
+    refine=st.integers(0, 10),
+    warm=st.lists(text.filter(bool)),
     report=st.dictionaries(text, st.integers(0, 9) | text),
 )
 
@@ -35,6 +38,7 @@ def test_a_profile_by_hand_needs_no_report(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text('{"version": 1, "model": "m", "temperature": 1, "scale": 0.5}')
     assert read(path) == Profile(model="m", temperature=1.0, scale=0.5)
+    assert (read(path).soft, read(path).refine, read(path).warm) == (0, 0, [])
 
 
 def test_a_crash_leaves_the_old_file_and_nothing_else(

@@ -91,7 +91,9 @@ def test_numbers_in_range_are_taken(temperature: float, scale: float) -> None:
 def test_soft_and_refine_may_be_given_as_off() -> None:
     parse({"contexts": ["a"], "ape": {"soft": 0, "refine": 0}})
     parse({"contexts": ["a"], "ape": {"soft": 0.0}})
-    parse({"contexts": ["a"], "ape": {}})
+    for nothing in ({}, {"soft": None, "refine": None}):
+        options = parse({"contexts": ["a"], "ape": nothing}).items[0].options
+        assert (options.soft, options.refine) == (None, None), "the server's default holds"
 
 
 @pytest.mark.parametrize("value", ["text", {"text": "a"}, 3, True, 1.5])
@@ -239,12 +241,12 @@ def test_a_scale_outside_the_range_is_refused(value: Any) -> None:
     assert_refused({"contexts": ["a"], "ape": {"scale": value}}, "ape.scale")
 
 
-@pytest.mark.parametrize("value", [0.5, 1, math.nan, math.inf, -1, "0", True, None])
+@pytest.mark.parametrize("value", [0.5, 1, math.nan, math.inf, -1, "0", True])
 def test_soft_other_than_zero_is_refused(value: Any) -> None:
     assert_refused({"contexts": ["a"], "ape": {"soft": value}}, "ape.soft")
 
 
-@pytest.mark.parametrize("value", [1, -1, 0.5, "0", True, None, math.nan])
+@pytest.mark.parametrize("value", [1, -1, 0.5, "0", True, math.nan])
 def test_refine_other_than_zero_is_refused(value: Any) -> None:
     assert_refused({"contexts": ["a"], "ape": {"refine": value}}, "ape.refine")
 
