@@ -18,7 +18,12 @@ _ROWS_AT_ONCE = 512  # bounds the score matrix to heads * 512 * kv_len floats
 
 
 def attention_state(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sm_scale: float,
+    causal: bool,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one sequence, computed in fp32.
 
@@ -28,6 +33,7 @@ def attention_state(
         v: (kv_len, num_kv_heads, head_dim_v).
         sm_scale: multiplies the logits.
         causal: query i sees the first ``kv_len - qo_len + i + 1`` keys (bottom-right aligned).
+        bias: (kv_len,) fp32, natural log, added to the scaled logits of every query; None for 0.
 
     Returns:
         ``(o, lse)``: o fp32 of shape (qo_len, num_qo_heads, head_dim_v); lse fp32, base 2, of
@@ -49,6 +55,8 @@ def attention_state(
         n = rows.shape[0]
         grouped = rows.view(n, num_kv_heads, group, -1).permute(1, 2, 0, 3)
         scores = (grouped.reshape(num_kv_heads, group * n, -1) @ keys) * sm_scale
+        if bias is not None:
+            scores += bias
         if causal:
             first_visible = kv_len - qo_len + start
             visible = torch.arange(kv_len, device=q.device) <= torch.arange(

@@ -32,7 +32,12 @@ def qkv(qo_len: int, kv_len: int, ratio: int, head_dim: int, seed: int = 0) -> l
 
 
 def naive_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    bias: torch.Tensor | float = 0.0,
 ) -> State:
     """Head by head in float64; base-2 log-sum-exp; a row that sees nothing is an empty state."""
     qo_len, heads, _ = q.shape
@@ -42,7 +47,7 @@ def naive_attention(
     hidden = torch.arange(kv_len) > torch.arange(qo_len)[:, None] + kv_len - qo_len
     for head in range(heads):
         own = head // (heads // kv_heads)
-        logits = q[:, head].double() @ k[:, own].double().T * scale
+        logits = q[:, head].double() @ k[:, own].double().T * scale + bias
         if causal:
             logits = logits.masked_fill(hidden, -math.inf)
         seen = ~torch.isneginf(logits).all(-1)
@@ -79,6 +84,22 @@ def test_attention_equals_a_float64_softmax(
     scale = head_dim**-0.5
     actual = attention_state(q, k, v, scale, causal)
     assert_same_state(actual, naive_attention(q, k, v, scale, causal))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("qo_len", "kv_len"), [(1, 17), (5, 17), (600, 700)])
+def test_a_bias_is_added_to_the_scaled_logits(qo_len: int, kv_len: int, causal: bool) -> None:
+    q, k, v = qkv(qo_len, kv_len, ratio=4, head_dim=16)
+    bias = -10 * randn(kv_len, seed=7).abs()
+    actual = attention_state(q, k, v, 0.25, causal, bias)
+    assert_same_state(actual, naive_attention(q, k, v, 0.25, causal, bias))
+
+
+def test_a_bias_of_all_keys_of_a_sequence_is_added_to_its_log_sum_exp() -> None:
+    q, k, v = qkv(5, 40, ratio=4, head_dim=16)
+    out, lse = attention_state(q, k, v, 0.25, causal=False)
+    biased = attention_state(q, k, v, 0.25, causal=False, bias=torch.full((40,), -3.0))
+    assert_same_state(biased, (out.double(), lse.double() - 3 / math.log(2)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
