@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from sglang_ape.arguments import MAX_SCALE, MAX_TEMPERATURE
@@ -22,10 +23,16 @@ class Contexts:
     """
 
     documents: list[Document]
-    options: dict[str, float]
+    options: dict[str, float | int]
 
 
-def check_contexts(documents: Any, temperature: Any, scale: Any) -> Contexts:
+def check_contexts(
+    documents: Any,
+    temperature: Any = None,
+    scale: Any = None,
+    soft: Any = None,
+    refine: Any = None,
+) -> Contexts:
     """Refuse early, in the program, what the server would refuse.
 
     Raises:
@@ -37,7 +44,7 @@ def check_contexts(documents: Any, temperature: Any, scale: Any) -> Contexts:
         raise _error("documents", "must not be empty")
     for i, document in enumerate(documents):
         _check_document(document, f"documents[{i}]")
-    options = {}
+    options: dict[str, float | int] = {}
     if temperature is not None:
         options["temperature"] = _number("temperature", temperature)
         if not 0 < options["temperature"] <= MAX_TEMPERATURE:
@@ -46,6 +53,16 @@ def check_contexts(documents: Any, temperature: Any, scale: Any) -> Contexts:
         options["scale"] = _number("scale", scale)
         if not 0 <= options["scale"] <= MAX_SCALE:
             raise _error("scale", f"must be in [0, {MAX_SCALE:g}], got {scale}")
+    if soft is not None:
+        options["soft"] = _number("soft", soft)
+        if not 0 <= options["soft"] < math.inf:
+            raise _error("soft", f"must be a number from 0 on, got {soft}")
+    if refine is not None:
+        if not isinstance(refine, Integral) or isinstance(refine, bool) or refine < 0:
+            raise _error("refine", f"must be a whole number from 0 on, got {refine!r}")
+        options["refine"] = int(refine)
+    if soft and refine:
+        raise _error("soft", "has nothing to act on beside refine")
     return Contexts(list(documents), options)
 
 

@@ -17,18 +17,21 @@ class SglParallelContexts(SglExpr):
     stand-ins for them.
     """
 
-    def __init__(self, documents: Sequence[Document], temperature: Any, scale: Any) -> None:
+    def __init__(self, documents: Sequence[Document], **options: Any) -> None:
         super().__init__()
         self.documents = documents
-        self.temperature = temperature
-        self.scale = scale
+        self.options = options  # of ``frontend.contexts.check_contexts``
 
     def __repr__(self) -> str:
         return f"ParallelContexts({self.documents!r})"
 
 
 def parallel_contexts(
-    documents: Sequence[Document], temperature: float | None = None, scale: float | None = None
+    documents: Sequence[Document],
+    temperature: float | None = None,
+    scale: float | None = None,
+    soft: float | None = None,
+    refine: int | None = None,
 ) -> SglParallelContexts:
     """Texts that are encoded independently of each other, at this place of a program.
 
@@ -40,8 +43,14 @@ def parallel_contexts(
             the server knows (``sglang_ape.ContextStore``) after this very prefix.
         temperature: T of this program, 0 < T <= 10; by default the server's.
         scale: S of this program, 0 <= S <= 10; by default the server's.
+        soft: λ >= 0: contexts weigh less, the less likely they make what follows them; by default
+            the server's, 0 is off.
+        refine: m >= 0: only the m contexts that make it likeliest are read, as one sequence; by
+            default the server's, 0 is off. Not together with ``soft``.
     """
-    return SglParallelContexts(documents, temperature, scale)
+    return SglParallelContexts(
+        documents, temperature=temperature, scale=scale, soft=soft, refine=refine
+    )
 
 
 def uses(expr: Any) -> Iterator[SglParallelContexts]:

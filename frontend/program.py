@@ -75,7 +75,7 @@ def _claim(executor: Any, found: list[SglParallelContexts]) -> Use:
             "pass all documents in one call",
             "parallel_contexts",
         )
-    contexts = check_contexts(found[0].documents, found[0].temperature, found[0].scale)
+    contexts = check_contexts(found[0].documents, **found[0].options)
     check_backend(executor.backend)
     return Use(contexts)
 

@@ -17,6 +17,8 @@ class Usage(NamedTuple):
     contexts: int
     tokens: int  # of the contexts
     cached_tokens: int  # those of them that were not computed
+    scored_tokens: int = 0  # of copies of the query, computed to score contexts
+    refined_tokens: int = 0  # of refined contexts, computed in sequence
 
     def to_dict(self) -> dict[str, int]:
         """As it stands in answers."""
@@ -24,6 +26,8 @@ class Usage(NamedTuple):
             "contexts": self.contexts,
             "context_tokens": self.tokens,
             "cached_context_tokens": self.cached_tokens,
+            "scored_tokens": self.scored_tokens,
+            "refined_tokens": self.refined_tokens,
         }
 
 
@@ -32,6 +36,7 @@ class RequestUsage(NamedTuple):
 
     contexts: Usage
     cached_tokens: int  # of the whole row
+    scores: tuple[dict[str, Any], ...] = ()  # "id" and "score" of each context, if they were scored
 
 
 class EntryMetrics:
@@ -68,6 +73,12 @@ class EntryMetrics:
             for by in ("request", "registration")
             for source in ("cache", "computed")
         }
+        spent = Counter(
+            "sglang:ape_ladder_tokens_total",
+            "Tokens computed beyond contexts and query, to score contexts and to refine them.",
+            [*names, "rung"],
+        )
+        self._spent = {rung: spent.labels(**labels, rung=rung) for rung in ("score", "refine")}
         self._store_contexts = gauge("sglang:ape_store_contexts", "Contexts known by id.")
         self._store_tokens = gauge("sglang:ape_store_tokens", "Tokens that the store knows.")
         self._pinned_tokens = gauge("sglang:ape_pinned_tokens", "Tokens reserved by pins.")
@@ -76,6 +87,8 @@ class EntryMetrics:
         self._requests.inc()
         self._contexts.observe(usage.contexts)
         self._count("request", usage)
+        self._spent["score"].inc(usage.scored_tokens)
+        self._spent["refine"].inc(usage.refined_tokens)
 
     def observe_registration(self, usage: Usage) -> None:
         self._count("registration", usage)

@@ -22,6 +22,15 @@ class Hook(NamedTuple):
     function: Callable[..., Any]
 
 
+_CHANGES_OF_WEIGHTS = (
+    "flush_cache",
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+)
+
+
 def hooks() -> tuple[Hook, ...]:
     """The hooked functions, in the order in which a request meets them."""
     from sglang_ape.attention.batch import after_init_new
@@ -53,6 +62,12 @@ def hooks() -> tuple[Hook, ...]:
             engine.around_async_generate,
         ),
         Hook(f"{manager}.generate_request", "AROUND", tokenizer_manager.around_generate_request),
+        # scores of contexts: aborted with their request, forgotten with the weights
+        Hook(f"{manager}.abort_request", "AROUND", tokenizer_manager.around_abort_request),
+        *(
+            Hook(f"{manager}.{name}", "AROUND", tokenizer_manager.around_change_of_weights)
+            for name in _CHANGES_OF_WEIGHTS
+        ),
         # lengths: count positions, not tokens, against the model's window
         Hook(f"{manager}._validate_one_request", "AROUND", around_validate_one_request),
         Hook(

@@ -31,6 +31,7 @@ class _Work(NamedTuple):
     paths: list[_PathWork]
     query_rows: slice | None
     context_slots: torch.Tensor | None
+    bias: torch.Tensor | None = None  # (slots,) fp32, natural log; None for 0
 
 
 class ApeTorchNativeBackend(TorchNativeAttnBackend):
@@ -103,7 +104,12 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
         # The query's path is the last one: ``state`` and ``lse`` are its own, still in fp32.
         slots, rows = work.context_slots, work.query_rows
         contexts, contexts_lse = attention_state(
-            q[rows], keys[slots], values[slots], scale / spec.temperature, causal=False
+            q[rows],
+            keys[slots],
+            values[slots],
+            scale / spec.temperature,
+            causal=False,
+            bias=work.bias,
         )
         exponent = spec.scale * spec.temperature
         out[rows], _ = merge_state_scaled(state, lse, contexts, contexts_lse, exponent)
@@ -157,4 +163,12 @@ def _request_work(
         paths=paths,
         query_rows=tokens(plan.query_rows) if plan.query_rows else None,
         context_slots=row[plan.contexts[0] : plan.contexts[1]],
+        bias=_bias_of_slots(spec, row.device),
     )
+
+
+def _bias_of_slots(spec: ApeSpec, device: torch.device) -> torch.Tensor | None:
+    if not spec.bias:
+        return None
+    lens = torch.tensor(spec.context_lens)
+    return torch.tensor(spec.bias, dtype=torch.float32).repeat_interleave(lens).to(device)

@@ -266,9 +266,9 @@ def _parse_options(fields: Mapping[str, Any], index: int | None) -> ApeOptions:
         raise ApeRequestError(
             f"{name}: {first['msg']}, got {_shown(first['input'])}", name
         ) from None
-    for name in ("soft", "refine"):
-        if getattr(options, name):
-            raise ApeRequestError(f"{param}.{name} is not supported yet", f"{param}.{name}")
+    if options.soft and options.refine:
+        name = f"{param}.soft"
+        raise ApeRequestError(f"{name} has nothing to act on beside {param}.refine", name)
     return options
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sglang_ape.entry.call import ApeItem, Context, ContextId, Ids, Text, check_text
+from sglang_ape.entry.call import ApeOptions, Context, ContextId, Ids, Text, check_text
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.spec import ApeSpec
@@ -25,6 +25,15 @@ class Row(NamedTuple):
 
     input_ids: array  # of type "q", as SGLang's scheduler gets it
     spec: ApeSpec | None  # None: attention is plain, so the request is an ordinary one
+
+
+class Reading(NamedTuple):
+    """How the contexts of one request are read."""
+
+    temperature: float  # T
+    scale: float  # S
+    soft: float = 0.0  # λ; 0: off
+    refine: int = 0  # m; 0: off
 
 
 class Defaults(NamedTuple):
@@ -118,40 +127,66 @@ def encode_contexts(tokenizer: Any, contexts: Sequence[Context], at: str) -> lis
     return ids
 
 
+def reading_of(options: ApeOptions, defaults: Defaults) -> Reading:
+    """What a request asks for, and the server's defaults for the rest.
+
+    Refined contexts are one sequence, in which soft has nothing to act on: a request that asks for
+    one of the two does not get the other by default.
+    """
+
+    def chosen(name: str) -> Any:
+        given = getattr(options, name)
+        return getattr(defaults, name) if given is None else given
+
+    refine = 0 if options.soft and options.refine is None else chosen("refine")
+    temperature = max(float(chosen("temperature")), _MIN_TEMPERATURE)
+    return Reading(
+        temperature, float(chosen("scale")), 0.0 if refine else float(chosen("soft")), refine
+    )
+
+
 def build_row(
     prefix: Ids,
     contexts: Sequence[Ids],
     query: Ids,
-    item: ApeItem,
-    defaults: Defaults,
+    reading: Reading,
+    bias: tuple[float, ...] = (),
 ) -> Row:
     """Lay out one row.
 
     One context at T = S = 1 attends exactly as the ordinary request P + C + Q does, and is sent
     as that.
     """
-    options = item.options
-    temperature = defaults.temperature if options.temperature is None else options.temperature
-    temperature = max(temperature, _MIN_TEMPERATURE)
-    scale = defaults.scale if options.scale is None else options.scale
+    temperature, scale = reading.temperature, reading.scale
     ids = joined_ids(prefix, *contexts, query)
     if len(contexts) == 1 and temperature == 1 and scale == 1:
         return Row(ids, None)
     spec = ApeSpec(
         prefix_len=len(prefix),
         context_lens=tuple(map(len, contexts)),
-        temperature=float(temperature),
-        scale=float(scale),
-        namespace=namespace_of(prefix, contexts, temperature, scale),
+        temperature=temperature,
+        scale=scale,
+        namespace=namespace_of(prefix, contexts, temperature, scale, bias),
+        bias=bias,
     )
     return Row(ids, spec)
 
 
-def namespace_of(prefix: Ids, contexts: Sequence[Ids], temperature: float, scale: float) -> str:
+def namespace_of(
+    prefix: Ids,
+    contexts: Sequence[Ids],
+    temperature: float,
+    scale: float,
+    bias: tuple[float, ...] = (),
+) -> str:
     """A name for all that the query's KV depends on; the order of contexts is no part of it."""
     whole = hashlib.sha256(repr((float(temperature), float(scale))).encode())
     whole.update(digest_of(prefix))
-    for part in sorted(map(digest_of, contexts)):
+    parts = list(map(digest_of, contexts))
+    if bias:
+        own = [repr(value).encode() for value in bias]
+        parts = [part + value for part, value in zip(parts, own, strict=True)]
+    for part in sorted(parts):
         whole.update(part)
     return whole.hexdigest()
 
@@ -215,6 +250,30 @@ def check_row(
             f"the request holds {tokens} tokens in all; the KV pool has room for "
             f"{limits.usable_pool_tokens}",
             names.contexts,
+        )
+
+
+def check_refined(
+    prefix: Ids,
+    contexts: Sequence[Ids],
+    query: Ids,
+    max_new_tokens: int | None,
+    refine: int,
+    limits: Limits,
+    name: str,
+) -> None:
+    """Refuse to refine so many contexts that they could exceed the window, one after another.
+
+    Raises:
+        ApeRequestError: with the numbers.
+    """
+    longest = sorted(map(len, contexts))[-refine:]
+    positions = len(prefix) + sum(longest) + len(query)
+    if positions + (max_new_tokens or 1) > limits.window:
+        raise ApeRequestError(
+            f"{name}: the longest {len(longest)} contexts take, one after another with prefix and "
+            f"query, {positions} positions; the model's window is {limits.window}",
+            name,
         )
 
 

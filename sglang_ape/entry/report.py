@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -15,10 +15,14 @@ _EVENT = b"data: "
 
 
 class RowParts(NamedTuple):
-    """Tokens of P and of each context of a row."""
+    """What a row is made of, and what was spent on it before it was asked."""
 
-    prefix: int
-    contexts: tuple[int, ...]
+    prefix: int  # tokens of P
+    contexts: tuple[int, ...]  # tokens of each
+    is_refined: bool = False  # the contexts are one sequence
+    scores: tuple[dict[str, Any], ...] = ()  # "id" and "score" of all contexts that were given
+    scored_tokens: int = 0
+    encoded_tokens: int = 0  # of P and contexts, which scoring brought into the cache
 
 
 async def reported(
@@ -27,8 +31,10 @@ async def reported(
     samples: int,
     call: ApeCall,
     metrics: EntryMetrics | None,
-) -> AsyncIterator[Any]:
-    """Add ``ape`` to the ``meta_info`` of each answer, and count each request once.
+) -> AsyncGenerator[Any, None]:
+    """Add ``ape``, and ``contexts`` if they were scored, to the ``meta_info`` of each answer.
+
+    Each request is counted once.
 
     Args:
         answers: of ``TokenizerManager.generate_request``.
@@ -43,7 +49,10 @@ async def reported(
             for index, info in _meta_infos(answer):
                 item = index // samples
                 usage = usage_of(rows[item], info.get("cached_tokens", 0))
+                info["cached_tokens"] = usage.cached_tokens
                 info["ape"] = usage.contexts.to_dict()
+                if usage.scores:
+                    info["contexts"] = list(usage.scores)
                 if index % samples == 0:
                     call.usage[item] = usage
                 if metrics and info.get("finish_reason") and item not in counted:
@@ -53,16 +62,23 @@ async def reported(
 
 
 def usage_of(row: RowParts, cached_tokens: int) -> RequestUsage:
-    """The cached tokens of a row are its first ones: P, then contexts."""
+    """The cached tokens of a row are its first ones: P, then contexts.
+
+    What its own scoring brought into the cache was computed for it.
+    """
+    cached_tokens = max(cached_tokens - row.encoded_tokens, 0)
     tokens = sum(row.contexts)
     cached = min(max(cached_tokens - row.prefix, 0), tokens)
-    return RequestUsage(Usage(len(row.contexts), tokens, cached), cached_tokens)
+    refined = tokens - cached if row.is_refined else 0
+    usage = Usage(len(row.contexts), tokens, cached, row.scored_tokens, refined)
+    return RequestUsage(usage, cached_tokens, row.scores)
 
 
 def with_usage(body: bytes, usage: Mapping[int, RequestUsage]) -> bytes:
     """The body of an OpenAI answer, or of some events of a stream, with the contexts' usage.
 
-    It goes to ``usage.prompt_tokens_details``, summed over the prompts of the call.
+    It goes to ``usage.prompt_tokens_details``, summed over the prompts of the call. Scores go to
+    ``usage.contexts``; of several prompts, to a list for each.
     """
     if b'"usage"' not in body or not usage:
         return body
@@ -87,6 +103,9 @@ def _add_details(body: bytes, usage: Mapping[int, RequestUsage]) -> bytes:
         for name, value in one.contexts.to_dict().items():
             details[name] = details.get(name, 0) + value
     answer["usage"]["prompt_tokens_details"] = details
+    scores = [list(usage[i].scores) for i in sorted(usage)]
+    if any(scores):
+        answer["usage"]["contexts"] = scores if len(scores) > 1 else scores[0]
     return orjson.dumps(answer)
 
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -322,3 +322,130 @@ def test_a_crowd_of_apes_and_plain_requests_all_get_their_own_answer(bench: Benc
     for answer, (_, expected) in zip(answers, jobs, strict=True):
         bench.assert_equal(answer, expected)
     bench.server.flush()
+
+
+# ---------------------------------------------------------------- soft and refine
+
+
+class Rung(NamedTuple):
+    """A request with ``soft`` or ``refine``, and what it was made of."""
+
+    prefix: Ids
+    contexts: list[Ids]
+    query: Ids
+    ape: dict[str, Any]
+    new_tokens: int = NEW_TOKENS
+
+    @property
+    def body(self) -> dict[str, Any]:
+        body = request_body(self.prefix, self.contexts, self.query, 0.9, 0.9, self.new_tokens)
+        return {**body, "ape": self.ape}
+
+
+def _assert_rung(bench: Bench, rung: Rung, answer: dict[str, Any]) -> list[float]:
+    """Scores and answer are the oracle's; returns the scores as they were told.
+
+    What follows from scores is computed from those that were told: in half precision they differ
+    from the oracle's, within the tolerance for each token.
+    """
+    prefix, contexts, query, ape, new_tokens = rung
+    told = [one["score"] for one in answer["meta_info"]["contexts"]]
+    expected = [bench.oracle.likelihood(prefix, context, query) for context in contexts]
+    tolerance = bench.deployment.tolerance * max(1.0, len(query) ** 0.5)
+    assert told == pytest.approx(expected, abs=tolerance)
+    if ape.get("refine"):
+        best = sorted(sorted(range(len(told)), key=lambda i: -told[i])[: ape["refine"]])
+        row = prefix + [token for i in best for token in contexts[i]] + query
+        bench.assert_equal(answer, bench.oracle.generate_plain(row, new_tokens))
+        return told
+    t, s = ape.get("temperature", 0.9), ape.get("scale", 0.9)
+    bias = [ape["soft"] * (score - max(told)) for score in told]
+    completion = bench.oracle.generate(prefix, contexts, query, new_tokens, t, s, bias)
+    bench.assert_equal(answer, completion)
+    return told
+
+
+@pytest.mark.parametrize("soft", [0.02, 0.1, 3.0])
+def test_soft_answers_are_those_of_the_oracle(bench: Bench, soft: float) -> None:
+    ape = {"temperature": 0.8, "scale": 0.9, "soft": soft}
+    rung = Rung(bench.ids(7), bench.texts(31, 1, 44, 20), bench.ids(9), ape)
+    first = bench.server.generate(rung.body)
+    told = _assert_rung(bench, rung, first)
+    assert first["meta_info"]["cached_tokens"] == 0
+    assert first["meta_info"]["ape"]["scored_tokens"] == 4 * 10
+    bench.server.assert_clean()
+
+    # Known scores cost nothing, and the order of contexts changes nothing.
+    again = bench.server.generate(rung._replace(contexts=rung.contexts[::-1]).body)
+    assert [one["score"] for one in again["meta_info"]["contexts"]] == told[::-1]
+    assert again["meta_info"]["ape"]["scored_tokens"] == 0
+    _assert_rung(bench, rung._replace(contexts=rung.contexts[::-1]), again)
+    if bench.deployment.caches:
+        assert again["meta_info"]["cached_tokens"] == 7 + 96 + 9 - 1
+
+
+def test_soft_of_zero_is_no_soft(bench: Bench) -> None:
+    rung = Rung(bench.ids(7), bench.texts(31, 12), bench.ids(5), {"soft": 0.0})
+    plain = bench.server.generate(rung._replace(ape={}).body)
+    answer = bench.server.generate(rung.body)
+    assert answer["output_ids"] == plain["output_ids"]
+    assert "contexts" not in answer["meta_info"]
+    assert answer["meta_info"]["ape"]["scored_tokens"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_refined_answers_are_those_of_the_sequence_of_the_likeliest(
+    bench: Bench, count: int
+) -> None:
+    rung = Rung(bench.ids(7), bench.texts(31, 14, 44, 20), bench.ids(9), {"refine": count})
+    _assert_rung(bench, rung, bench.server.generate(rung.body))
+    bench.server.assert_clean()
+    again = bench.server.generate(rung.body)
+    _assert_rung(bench, rung, again)
+    usage = again["meta_info"]["ape"]
+    assert (usage["contexts"], usage["scored_tokens"]) == (count, 0)
+    if bench.deployment.caches:
+        assert usage["refined_tokens"] == 0, "the sequence is cached like any prompt"
+
+
+def test_refining_all_contexts_is_one_sequential_request(bench: Bench) -> None:
+    rung = Rung(bench.ids(7), bench.texts(31, 14, 20), bench.ids(9), {"refine": 3})
+    row = rung.prefix + [token for own in rung.contexts for token in own] + rung.query
+    expected = bench.oracle.generate_plain(row, NEW_TOKENS)
+    answer = bench.server.generate(rung.body)
+    bench.assert_equal(answer, expected)
+    plain = bench.server.generate(_plain_body(row, NEW_TOKENS))
+    assert plain["output_ids"] == answer["output_ids"]
+    assert "contexts" not in answer["meta_info"], "nothing had to be scored"
+
+
+def test_a_crowd_on_all_rungs_gets_its_own_answers(bench: Bench) -> None:
+    prefix, documents = bench.ids(9), bench.texts(60, 45, 80, 30, 52, 24)
+    rungs: list[Any] = []
+    for i in range(20):
+        query, new_tokens = bench.ids(bench.rng.randint(2, 12)), bench.rng.randint(4, 12)
+        chosen = bench.rng.sample(documents, bench.rng.randint(2, 5))
+        apes: list[dict[str, Any]] = [{"soft": 0.1}, {"refine": 1}, {"soft": 1.0}, {}]
+        rungs.append(Rung(prefix, chosen, query, apes[i % 4], new_tokens))
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(bench.server.generate, [rung.body for rung in rungs]))
+    for rung, answer in zip(rungs, answers, strict=True):
+        if rung.ape:
+            _assert_rung(bench, rung, answer)
+            continue
+        given = rung.prefix, rung.contexts, rung.query, rung.new_tokens
+        bench.assert_equal(answer, bench.oracle.generate(*given, 0.9, 0.9))
+    bench.server.flush()
+
+
+def test_a_batch_of_rungs_gets_one_answer_each(bench: Bench) -> None:
+    prefix, contexts, query = bench.ids(6), bench.texts(30, 22, 15), bench.ids(5)
+    apes: list[dict[str, Any]] = [{"soft": 0.2}, {}, {"refine": 2}]
+    rungs = [Rung(prefix, contexts, query, ape) for ape in apes]
+    body = {**rungs[0].body, "contexts": [rungs[0].body["contexts"]] * 3}
+    answers = bench.server.generate({**body, "input_ids": [query] * 3, "ape": apes})
+    _assert_rung(bench, rungs[0], answers[0])
+    _assert_rung(bench, rungs[2], answers[2])
+    expected = bench.oracle.generate(prefix, contexts, query, NEW_TOKENS, 0.9, 0.9)
+    bench.assert_equal(answers[1], expected)
+    bench.server.assert_clean()

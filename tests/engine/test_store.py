@@ -94,7 +94,13 @@ def test_contexts_by_id_give_the_answer_of_their_texts(server: Server) -> None:
     mixed = _ask(server, [*_by_id(found[:1]), *CONTEXTS[1:]], prefix=PREFIX)
     assert by_text["output_ids"] == by_id["output_ids"] == mixed["output_ids"]
     tokens = sum(context["tokens"] for context in found)
-    usage = {"contexts": 3, "context_tokens": tokens, "cached_context_tokens": tokens}
+    usage = {
+        "contexts": 3,
+        "context_tokens": tokens,
+        "cached_context_tokens": tokens,
+        "scored_tokens": 0,
+        "refined_tokens": 0,
+    }
     assert by_text["meta_info"]["ape"] == by_id["meta_info"]["ape"] == usage
 
 

@@ -55,6 +55,7 @@ class Contexts(NamedTuple):
     kv: list[LayerKV]  # one a layer, the contexts' own tokens only
     temperature: float
     scale: float
+    bias: torch.Tensor  # (tokens,) natural log, added to their logits after the temperature
 
 
 class Oracle:
@@ -87,9 +88,13 @@ class Oracle:
         max_new_tokens: int,
         temperature: float = 1.0,
         scale: float = 1.0,
+        bias: Sequence[float] | None = None,
     ) -> Completion:
-        """Continue `query` greedily after `prefix` and `contexts`. EOS does not end it."""
-        past, group, start = self._encode(prefix, contexts, temperature, scale)
+        """Continue `query` greedily after `prefix` and `contexts`. EOS does not end it.
+
+        `bias` is added to the log-sum-exp of each context before they are joined; none by default.
+        """
+        past, group, start = self._encode(prefix, contexts, temperature, scale, bias)
         return self._decode(query, start, past, group, max_new_tokens)
 
     @one_thread()
@@ -112,12 +117,23 @@ class Oracle:
         logprobs = logits[:-1].log_softmax(-1)
         return logprobs.gather(1, torch.tensor(query[1:]).view(-1, 1)).flatten().tolist()
 
+    @one_thread()
+    def likelihood(
+        self, prefix: Sequence[int], context: Sequence[int], query: Sequence[int]
+    ) -> float:
+        """log P(query | prefix, context) in nats, as an ordinary causal sequence."""
+        before = [*prefix, *context]
+        logits, _ = self._forward([*before, *query], 0, self._no_kv(), None)
+        logprobs = logits[len(before) - 1 : -1].log_softmax(-1)
+        return float(logprobs.gather(1, torch.tensor(query).view(-1, 1)).sum())
+
     def _encode(
         self,
         prefix: Sequence[int],
         contexts: Sequence[Sequence[int]],
         temperature: float,
         scale: float,
+        bias: Sequence[float] | None = None,
     ) -> tuple[list[LayerKV], Contexts | None, int]:
         """Encode the prefix, then each context as if it alone followed the prefix.
 
@@ -133,7 +149,9 @@ class Oracle:
             group = [g.append(kv.since(len(prefix))) for g, kv in zip(group, extended, strict=True)]
 
         longest = max(map(len, contexts), default=0)
-        read = Contexts(group, temperature, scale) if longest else None
+        lens = torch.tensor([len(context) for context in contexts], dtype=torch.int64)
+        of_token = torch.tensor(bias or [0.0] * len(contexts)).repeat_interleave(lens)
+        read = Contexts(group, temperature, scale, of_token) if longest else None
         return past, read, len(prefix) + longest
 
     def _decode(
@@ -191,13 +209,20 @@ class Oracle:
         if contexts is not None:
             temperature, scale = contexts.temperature, contexts.scale
             sm_scale = self.head_dim**-0.5 / temperature
-            output_c, lse_c = self._softmax_attention(q, contexts.kv[layer], sm_scale, causal=False)
+            output_c, lse_c = self._softmax_attention(
+                q, contexts.kv[layer], sm_scale, causal=False, bias=contexts.bias
+            )
             weights = torch.stack([scale * temperature * lse_c, lse]).softmax(0).unsqueeze(-1)
             output = weights[0] * output_c + weights[1] * output
         return output.transpose(0, 1).flatten(1)
 
     def _softmax_attention(
-        self, q: torch.Tensor, kv: LayerKV, sm_scale: float, causal: bool
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        sm_scale: float,
+        causal: bool,
+        bias: torch.Tensor | float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of q (heads, tokens, head_dim) over `kv`, whose last tokens are q's if causal.
 
@@ -206,7 +231,7 @@ class Oracle:
         heads_per_kv = self.num_heads // self.num_kv_heads
         keys = kv.keys.repeat_interleave(heads_per_kv, dim=0)
         values = kv.values.repeat_interleave(heads_per_kv, dim=0)
-        scores = q @ keys.transpose(1, 2) * sm_scale
+        scores = q @ keys.transpose(1, 2) * sm_scale + bias
         if causal:
             rows, columns = scores.shape[1:]
             visible = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)

@@ -241,14 +241,19 @@ def test_a_scale_outside_the_range_is_refused(value: Any) -> None:
     assert_refused({"contexts": ["a"], "ape": {"scale": value}}, "ape.scale")
 
 
-@pytest.mark.parametrize("value", [0.5, 1, math.nan, math.inf, -1, "0", True])
-def test_soft_other_than_zero_is_refused(value: Any) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, -0.1, "0", True])
+def test_soft_that_is_no_number_from_zero_on_is_refused(value: Any) -> None:
     assert_refused({"contexts": ["a"], "ape": {"soft": value}}, "ape.soft")
 
 
-@pytest.mark.parametrize("value", [1, -1, 0.5, "0", True, math.nan])
-def test_refine_other_than_zero_is_refused(value: Any) -> None:
+@pytest.mark.parametrize("value", [-1, 0.5, "0", True, math.nan])
+def test_refine_that_is_no_whole_number_from_zero_on_is_refused(value: Any) -> None:
     assert_refused({"contexts": ["a"], "ape": {"refine": value}}, "ape.refine")
+
+
+def test_soft_and_refine_together_are_refused() -> None:
+    assert_refused({"contexts": ["a"], "ape": {"soft": 0.1, "refine": 1}}, "ape.soft")
+    parse({"contexts": ["a"], "ape": {"soft": 0.1, "refine": 0}})
 
 
 def test_an_unknown_key_in_ape_is_named() -> None:
@@ -371,7 +376,8 @@ def test_a_batch_list_of_the_wrong_length_is_refused(fields: dict[str, Any], par
         ({"ape": [{}, {"scale": -1}]}, "ape[1].scale"),
         ({"ape": [{}, {"bogus": 1}]}, "ape[1].bogus"),
         ({"ape": [{}, 5]}, "ape[1]"),
-        ({"ape": [{}, {"soft": 1.0}]}, "ape[1].soft"),
+        ({"ape": [{}, {"soft": -1.0}]}, "ape[1].soft"),
+        ({"ape": [{}, {"soft": 1.0, "refine": 1}]}, "ape[1].soft"),
     ],
 )
 def test_the_batch_entry_to_blame_is_named(fields: dict[str, Any], param: str) -> None:

@@ -103,7 +103,7 @@ def test_values_of_labels_that_are_asked_for_exist(ours: list[Any]) -> None:
         for name, value in sample.labels.items()
     }
     expressions = " ".join(target["expr"] for target in TARGETS)
-    asked = set(re.findall(r'(by|source|reads)="(\w+)"', expressions + SERVING))
+    asked = set(re.findall(r'(by|source|reads|rung)="(\w+)"', expressions + SERVING))
     assert asked and asked <= counted
 
 

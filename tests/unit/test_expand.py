@@ -21,11 +21,14 @@ from sglang_ape.entry.call import (
     current_call,
     parse_call,
 )
-from sglang_ape.entry.expand import Defaults, Names, Row
-from sglang_ape.entry.tokenizer_manager import Entry, apply_call, around_generate_request
+from sglang_ape.entry.expand import Defaults, Names, Reading, Row, reading_of
+from sglang_ape.entry.layout import lay_out
+from sglang_ape.entry.prepare import prepare_call
+from sglang_ape.entry.tokenizer_manager import Entry, around_generate_request
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
-from sglang_ape.spec import CUSTOM_PARAM_KEYS, ApeSpec
+from sglang_ape.scoring.question import Scores
+from sglang_ape.spec import BIAS, COPY_LEN, CUSTOM_PARAM_KEYS, ApeSpec
 from sglang_ape.store.contexts import ContextStore
 
 BOS, START = 1, 2
@@ -74,7 +77,8 @@ def make_obj(**fields: Any) -> SimpleNamespace:
 def apply(
     obj: SimpleNamespace, ape: dict[str, Any], entry: Entry | None = None, door: Door = NATIVE
 ) -> SimpleNamespace:
-    apply_call(entry or make_entry(), parse_call(ape, door), obj)
+    entry = entry or make_entry()
+    lay_out(entry, obj, prepare_call(entry, parse_call(ape, door), obj))
     return obj
 
 
@@ -89,8 +93,16 @@ def listed(row: array) -> list[int]:
     return row.tolist()
 
 
-def build_row(prefix: list[int], contexts: list[list[int]], query: list[int], *rest: Any) -> Row:
-    row = expand.build_row(ids(prefix), list(map(ids, contexts)), ids(query), *rest)
+def build_row(
+    prefix: list[int],
+    contexts: list[list[int]],
+    query: list[int],
+    item: ApeItem,
+    defaults: Defaults,
+    bias: tuple[float, ...] = (),
+) -> Row:
+    reading = reading_of(item.options, defaults)
+    row = expand.build_row(ids(prefix), list(map(ids, contexts)), ids(query), reading, bias)
     return row._replace(input_ids=listed(row.input_ids))
 
 
@@ -123,7 +135,7 @@ def test_a_row_is_prefix_contexts_and_query(
 
 def test_a_row_does_not_change_its_parts() -> None:
     prefix, contexts, query = ids([1]), [ids([2]), ids([3])], ids([4])
-    row = expand.build_row(prefix, contexts, query, make_item(), DEFAULTS)
+    row = expand.build_row(prefix, contexts, query, Reading(0.8, 0.7))
     row.input_ids[:] = array("q", [9] * 4)
     assert (prefix, contexts, query) == (ids([1]), [ids([2]), ids([3])], ids([4]))
 
@@ -354,7 +366,7 @@ def test_custom_params_of_the_user_are_kept() -> None:
     obj = apply(make_obj(text="q", sampling_params=params), {"contexts": ["a", "b"]})
     custom = obj.sampling_params["custom_params"]
     assert custom["mine"] == [1, 2]
-    assert set(custom) == {"mine", *CUSTOM_PARAM_KEYS}
+    assert set(custom) == {"mine", *CUSTOM_PARAM_KEYS - {BIAS, COPY_LEN}}
     assert obj.sampling_params["temperature"] == 0
 
 
@@ -579,6 +591,109 @@ def test_a_chat_is_cut_at_the_marker() -> None:
     obj = apply(make_obj(input_ids=[5, 6, 99, 7]), {"contexts": ["a", "b"]}, entry, CHAT)
     assert listed(obj.input_ids) == [5, 6, *ids_of("ab"), 7]
     assert spec_in(obj.sampling_params).prefix_len == 2
+
+
+# ---------------------------------------------------------------- soft and refine
+
+
+@pytest.mark.parametrize(
+    ("given", "defaults", "soft", "refine"),
+    [
+        ({}, {}, 0.0, 0),
+        ({}, {"soft": 0.3}, 0.3, 0),
+        ({}, {"refine": 2}, 0.0, 2),
+        ({"soft": 0.1}, {"soft": 0.3}, 0.1, 0),
+        ({"soft": 0.0}, {"soft": 0.3}, 0.0, 0),
+        ({"soft": 0.1}, {"refine": 2}, 0.1, 0),
+        ({"refine": 1}, {"soft": 0.3}, 0.0, 1),
+        ({"refine": 0}, {"soft": 0.3}, 0.3, 0),
+        ({"refine": 0}, {"refine": 2}, 0.0, 0),
+        ({"soft": 0.0}, {"refine": 2}, 0.0, 2),
+        ({"soft": 0.1, "refine": 0}, {"refine": 2}, 0.1, 0),
+    ],
+)
+def test_a_request_that_asks_for_one_rung_does_not_get_the_other_by_default(
+    given: dict[str, Any], defaults: dict[str, Any], soft: float, refine: int
+) -> None:
+    reading = reading_of(ApeOptions(**given), Defaults(0.8, 0.7, **defaults))
+    assert reading == Reading(0.8, 0.7, soft, refine)
+
+
+def ask(ape: dict[str, Any], contexts: list[str], new_tokens: int = 8) -> Any:
+    fields = {"contexts": contexts, "prefix": "p", "ape": ape}
+    obj = make_obj(text="q", sampling_params={"max_new_tokens": new_tokens})
+    (asked,) = prepare_call(make_entry(), parse_call(fields, NATIVE), obj)
+    return obj, asked
+
+
+@pytest.mark.parametrize(
+    ("ape", "count", "wanted"),
+    [
+        ({}, 3, False),
+        ({"soft": 0.0}, 3, False),
+        ({"soft": 0.1}, 3, True),
+        ({"soft": 0.1}, 1, False),
+        ({"refine": 2}, 3, True),
+        ({"refine": 2}, 2, False),
+        ({"refine": 5}, 2, False),
+    ],
+)
+def test_scores_are_wanted_where_the_answer_depends_on_them(
+    ape: dict[str, Any], count: int, wanted: bool
+) -> None:
+    assert ask(ape, ["abc"] * count)[1].wants_scores is wanted
+
+
+def test_soft_gives_each_context_its_bias() -> None:
+    obj, asked = ask({"soft": 0.5}, ["ab", "c", "def"])
+    (parts,) = lay_out(make_entry(), obj, [asked], [Scores((-4.0, -2.0, -3.0), 9, 5)])
+    assert spec_in(obj.sampling_params).bias == (-1.0, 0.0, -0.5)
+    assert listed(obj.input_ids) == [START, *ids_of("pabcdefq")]
+    assert [one["score"] for one in parts.scores] == [-4.0, -2.0, -3.0]
+    assert all(one["id"].startswith("ctx-") for one in parts.scores)
+    assert (parts.contexts, parts.is_refined) == ((2, 1, 3), False)
+    assert (parts.scored_tokens, parts.encoded_tokens) == (9, 5)
+
+
+def test_equal_scores_leave_attention_as_it_is_without_soft() -> None:
+    obj, asked = ask({"soft": 0.5}, ["ab", "c"])
+    lay_out(make_entry(), obj, [asked], [Scores((-4.0, -4.0))])
+    plain = apply(make_obj(text="q"), {"contexts": ["ab", "c"], "prefix": "p"})
+    assert spec_in(obj.sampling_params) == spec_in(plain.sampling_params)
+
+
+def test_refined_contexts_are_an_ordinary_sequence_in_the_given_order() -> None:
+    obj, asked = ask({"refine": 2}, ["ab", "c", "def"])
+    (parts,) = lay_out(make_entry(), obj, [asked], [Scores((-4.0, -2.0, -3.0))])
+    assert spec_in(obj.sampling_params) is None
+    assert listed(obj.input_ids) == [START, *ids_of("pcdefq")]
+    assert (parts.contexts, parts.is_refined, len(parts.scores)) == ((1, 3), True, 3)
+
+
+def test_refining_all_contexts_needs_no_scores() -> None:
+    obj, asked = ask({"refine": 3}, ["ab", "c", "def"])
+    (parts,) = lay_out(make_entry(), obj, [asked])
+    assert spec_in(obj.sampling_params) is None
+    assert listed(obj.input_ids) == [START, *ids_of("pabcdefq")]
+    assert parts.scores == ()
+
+
+def test_refined_contexts_must_fit_the_window_one_after_another() -> None:
+    contexts = ["a" * 30, "b" * 20, "c" * 10]
+    ask({"refine": 1}, contexts)
+    ask({"refine": 2}, contexts, new_tokens=11)
+    with pytest.raises(ApeRequestError) as caught:
+        ask({"refine": 2}, contexts, new_tokens=12)
+    assert caught.value.param == "ape.refine"
+    assert "53 positions" in str(caught.value)
+
+
+def test_the_namespace_knows_the_bias_of_each_context() -> None:
+    contexts, bias = [ids([1]), ids([2])], (0.0, -1.0)
+    named = expand.namespace_of(ids([9]), contexts, 0.9, 0.9, bias)
+    assert named == expand.namespace_of(ids([9]), contexts[::-1], 0.9, 0.9, bias[::-1])
+    assert named != expand.namespace_of(ids([9]), contexts, 0.9, 0.9, bias[::-1])
+    assert named != expand.namespace_of(ids([9]), contexts, 0.9, 0.9)
 
 
 # ---------------------------------------------------------------- the hook

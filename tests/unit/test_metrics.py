@@ -90,6 +90,7 @@ def test_nothing_is_missing_before_the_first_request(registry: CollectorRegistry
         "pinned_tokens",
         "evicted_contexts_total",
         "decode_steps_total",
+        "ladder_tokens_total",
     }
 
 

@@ -236,6 +236,39 @@ def test_equal_contexts_count_as_often_as_given(
     assert largest_change(completion.logits[0], oracle.generate(*once, 1).logits[0]) > VISIBLE
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.8, 1.0])
+def test_a_bias_is_added_to_the_scores_of_its_context_behind_the_temperature(
+    checkpoint: Path, oracle: Oracle, prompt: Prompt, temperature: float, scale: float
+) -> None:
+    bias = [-0.7, 0.0, -2.0]
+    completion = oracle.generate(*prompt, NEW_TOKENS, temperature, scale, bias)
+    layout = lay_out(with_answer(prompt, completion.token_ids))
+    of_token = torch.tensor(bias).repeat_interleave(torch.tensor(CONTEXT_LENS))
+    mask = torch.zeros(layout.visible.shape)
+    mask[layout.to_query, layout.from_contexts] = temperature * of_token  # which divides it again
+    model = load_model(checkpoint, "adaptive_attention")
+    logits = dense_query_logits(model, layout, bias=mask, ape=(layout, temperature, scale))
+    assert_same(completion.logits, logits[-NEW_TOKENS:])
+    without = oracle.generate(*prompt, 1, temperature, scale)
+    assert largest_change(completion.logits[0], without.logits[0]) > VISIBLE
+
+
+def test_a_likelihood_is_that_of_the_ordinary_sequence(
+    checkpoint: Path, oracle: Oracle, prompt: Prompt
+) -> None:
+    context = prompt.contexts[1]
+    before = [*prompt.prefix, *context]
+    with torch.no_grad():
+        logits = load_model(checkpoint, "eager")(torch.tensor([[*before, *prompt.query]])).logits[0]
+    expected = sum(
+        logits[len(before) + i - 1].log_softmax(-1)[token].item()
+        for i, token in enumerate(prompt.query)
+    )
+    found = oracle.likelihood(prompt.prefix, context, prompt.query)
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
 def test_query_logprobs_agree_with_generation(oracle: Oracle, prompt: Prompt) -> None:
     completion = oracle.generate(*prompt, NEW_TOKENS, 0.8, 0.9)
     query = [*prompt.query, *completion.token_ids]

@@ -61,7 +61,8 @@ def report(
 
 
 def told(answer: dict[str, Any]) -> tuple[int, int, int]:
-    return tuple(answer["meta_info"]["ape"].values())
+    found = answer["meta_info"]["ape"]
+    return found["contexts"], found["context_tokens"], found["cached_context_tokens"]
 
 
 # ---------------------------------------------------------------- usage_of
@@ -87,7 +88,10 @@ def test_an_answer_tells_what_it_had_of_its_contexts() -> None:
         "contexts": 2,
         "context_tokens": 6,
         "cached_context_tokens": 5,
+        "scored_tokens": 0,
+        "refined_tokens": 0,
     }
+    assert "contexts" not in one["meta_info"]
     assert one["text"] == "a"
     assert call.usage == {0: RequestUsage(Usage(2, 6, 5), 8)}
     assert counted.requests == [Usage(2, 6, 5)]
@@ -146,11 +150,38 @@ def test_a_client_that_leaves_closes_the_engines_answers() -> None:
     assert asyncio.run(leave())
 
 
+SCORES = ({"id": "ctx-a", "score": -3.5}, {"id": "ctx-b", "score": -1.0})
+
+
+def test_what_scoring_found_and_computed_is_told() -> None:
+    scored = ROW._replace(scores=SCORES, scored_tokens=12, encoded_tokens=7)
+    (one,), call, counted = report([answer(9)], [scored])
+    info = one["meta_info"]
+    assert info["contexts"] == list(SCORES)
+    assert info["cached_tokens"] == 2, "what its own scoring brought into the cache was computed"
+    assert info["ape"]["cached_context_tokens"] == 0
+    assert (info["ape"]["scored_tokens"], info["ape"]["refined_tokens"]) == (12, 0)
+    assert counted.requests == [Usage(2, 6, 0, scored_tokens=12)]
+    assert call.usage[0].scores == SCORES
+
+
+def test_refined_tokens_are_those_of_the_sequence_that_were_not_cached() -> None:
+    (one,), _, _ = report([answer(7)], [ROW._replace(is_refined=True)])
+    assert one["meta_info"]["ape"]["refined_tokens"] == 2
+
+
 # ---------------------------------------------------------------- with_usage
 
 
 USAGE = {0: usage_of(ROW, 8), 1: usage_of(OTHER, 2)}
-DETAILS = {"cached_tokens": 10, "contexts": 3, "context_tokens": 11, "cached_context_tokens": 7}
+DETAILS = {
+    "cached_tokens": 10,
+    "contexts": 3,
+    "context_tokens": 11,
+    "cached_context_tokens": 7,
+    "scored_tokens": 0,
+    "refined_tokens": 0,
+}
 
 
 def body(**usage: Any) -> bytes:
@@ -166,6 +197,18 @@ def test_an_answer_gets_the_sums_over_its_prompts() -> None:
     after = json.loads(with_usage(before, USAGE))
     assert after["usage"].pop("prompt_tokens_details") == DETAILS
     assert after == json.loads(before)
+
+
+def test_scores_stand_beside_the_counts_of_tokens() -> None:
+    usage = {0: usage_of(ROW._replace(scores=SCORES), 8)}
+    after = json.loads(with_usage(body(prompt_tokens=1), usage))["usage"]
+    assert after["contexts"] == list(SCORES)
+    both = {**USAGE, 1: usage[0]}
+    assert json.loads(with_usage(body(prompt_tokens=1), both))["usage"]["contexts"] == [
+        [],
+        list(SCORES),
+    ]
+    assert "contexts" not in json.loads(with_usage(body(prompt_tokens=1), USAGE))["usage"]
 
 
 @pytest.mark.parametrize("details", [None, {}, {"cached_tokens": 4}, {"audio_tokens": 0}])

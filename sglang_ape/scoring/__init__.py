@@ -1,0 +1,1 @@
+"""How likely a query is after each of its contexts alone: the scores behind soft and refine."""

@@ -1,0 +1,141 @@
+"""Asking the engine how likely a query is after each context alone."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from sglang_ape.concurrency import gather_or_cancel
+from sglang_ape.errors import ApeRequestError
+from sglang_ape.limits import Limits
+from sglang_ape.scoring.known import KnownScores, score_key
+from sglang_ape.scoring.question import Question, Scores
+from sglang_ape.scoring.rows import Room, ScoreRow, likelihoods, score_rows
+
+COPY_TOKENS = 4096
+"""Tokens of all copies in one scoring request. More would make its row longer without need; fewer
+would make more requests."""
+
+CLIENT_CLOSED_REQUEST = 499
+"""HTTP: SGLang's own answer to a request that is aborted while its prompt is being prepared."""
+
+Generate = Callable[[GenerateReqInput, Any], AsyncGenerator[Any, None]]
+
+
+class Scorer:
+    """Scores contexts through the engine's ordinary scheduler.
+
+    Args:
+        manager: the engine's ``TokenizerManager``.
+        limits: of the engine.
+        pinned_tokens: tells how many tokens of the KV pool are pinned now.
+    """
+
+    def __init__(self, manager: Any, limits: Limits, pinned_tokens: Callable[[], int]) -> None:
+        self.known = KnownScores()
+        self._manager = manager
+        self._limits = limits
+        self._pinned_tokens = pinned_tokens
+        self._asked: dict[str, set[str]] = {}  # by a caller's rid, those of its scoring requests
+
+    async def score(self, question: Question, generate: Generate, request: Any) -> Scores:
+        """Score every context; those known already cost nothing.
+
+        Args:
+            question: what to score.
+            generate: ``TokenizerManager.generate_request`` without the hook on it.
+            request: of the client, by whose going away the engine ends the work.
+
+        Raises:
+            ApeRequestError: 499, the request was aborted meanwhile.
+            ValueError: the engine refused it, or the client went away.
+        """
+        keys = self._keys(question)
+        found = {key: score for key in keys if (score := self.known.get(key)) is not None}
+        places = {key: i for i, key in enumerate(keys) if key not in found}  # equal ones once
+        age, encoded = self.known.age, 0
+        rows = list(self._rows(question, sorted(places.values())))
+        for row, (scores, computed) in zip(
+            rows, await self._ask_all(rows, question, generate, request), strict=True
+        ):
+            encoded += computed
+            for i, score in zip(row.contexts, scores, strict=True):
+                found[keys[i]] = score
+                self.known.add(keys[i], score, age)
+        copies = sum(len(row.contexts) * row.spec.copy_len for row in rows)
+        return Scores(tuple(found[key] for key in keys), copies, encoded)
+
+    def abort(self, rid: str, abort: Callable[[str], None]) -> None:
+        """Abort what is being scored for a caller's request.
+
+        Args:
+            rid: the caller's.
+            abort: ``TokenizerManager.abort_request`` without the hook on it.
+        """
+        for own in list(self._asked.get(rid, ())):
+            abort(own)
+
+    def _keys(self, question: Question) -> list[bytes]:
+        lora_path, extra_key = question.tenant
+        adapter = lora_path
+        if lora_path is not None:
+            loaded = self._manager.lora_registry.get_all_adapters().get(lora_path)
+            # An adapter that is yet to be loaded has no id: no score is found under this name.
+            adapter = loaded.lora_id if loaded is not None else uuid.uuid4().hex
+        whose = adapter, extra_key
+        return [score_key(whose, question.prefix, c, question.query) for c in question.contexts]
+
+    def _rows(self, question: Question, wanted: Sequence[int]) -> Iterator[ScoreRow]:
+        window = self._limits.window - len(question.prefix)
+        room = Room(
+            copies=min(COPY_TOKENS, window), tokens=self._limits.room_beside(self._pinned_tokens())
+        )
+        return score_rows(question.prefix, question.contexts, question.query, wanted, room)
+
+    async def _ask_all(
+        self, rows: Sequence[ScoreRow], question: Question, generate: Generate, request: Any
+    ) -> list[tuple[list[float], int]]:
+        objs = [_request_of(row, question) for row in rows]
+        asked = self._asked.setdefault(question.rid, set()) if question.rid else set()
+        asked.update(obj.rid for obj in objs)
+        try:  # what is cancelled, SGLang aborts
+            return await gather_or_cancel(
+                *(_ask(row, obj, generate, request) for row, obj in zip(rows, objs, strict=True))
+            )
+        finally:
+            asked.difference_update(obj.rid for obj in objs)
+            if question.rid and not asked:
+                self._asked.pop(question.rid, None)
+
+
+async def _ask(
+    row: ScoreRow, obj: GenerateReqInput, generate: Generate, request: Any
+) -> tuple[list[float], int]:
+    """The scores of a row, and the tokens of P and contexts that had to be computed for it."""
+    async with aclosing(generate(obj, request)) as answers:
+        async for answer in answers:
+            info = answer["meta_info"]
+    if (info.get("finish_reason") or {}).get("type") == "abort":
+        message = "the request was aborted while its contexts were scored"
+        raise ApeRequestError(message, None, CLIENT_CLOSED_REQUEST)
+    computed = max(row.spec.context_end - info["cached_tokens"], 0)
+    return likelihoods(row, info["input_token_logprobs"]), computed
+
+
+def _request_of(row: ScoreRow, question: Question) -> GenerateReqInput:
+    """An ordinary request that asks for no token, and for log-probabilities of its copies."""
+    return GenerateReqInput(
+        rid=uuid.uuid4().hex,
+        input_ids=row.input_ids.tolist(),
+        sampling_params={"max_new_tokens": 0, "custom_params": row.spec.to_custom_params()},
+        return_logprob=True,
+        logprob_start_len=row.spec.context_end,
+        lora_path=question.tenant.lora_path,
+        extra_key=question.tenant.extra_key,
+        priority=question.priority,
+        log_metrics=False,
+    )
