@@ -29,6 +29,11 @@ def _start(model: Path, *flags: str, env: dict[str, str] | None = None) -> str:
         (("--enable-ape", "--page-size", "16"), "--page-size 16"),
         (("--enable-ape", "--ape-temperature", "nan"), "--ape-temperature must be in (0, 10]"),
         (("--ape-scale", "0.5"), "--ape-scale has no effect without --enable-ape"),
+        (
+            ("--enable-ape", "--ape-soft", "0.3", "--ape-refine", "2"),
+            "--ape-soft 0.3 and --ape-refine 2 cannot be combined",
+        ),
+        (("--enable-ape", "--ape-warm", "no.jsonl"), "--ape-warm: no.jsonl: No such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -694,6 +694,75 @@ def test_the_namespace_knows_the_bias_of_each_context() -> None:
     assert named == expand.namespace_of(ids([9]), contexts[::-1], 0.9, 0.9, bias[::-1])
     assert named != expand.namespace_of(ids([9]), contexts, 0.9, 0.9, bias[::-1])
     assert named != expand.namespace_of(ids([9]), contexts, 0.9, 0.9)
+# ---------------------------------------------------------------- warm items
+
+WARM = expand.encode_warm(CharTokenizer(), ["one", "two\n"], LIMITS.window)
+WARM_IDS = ids_of("onetwo\n")
+WARMED = DEFAULTS._replace(warm=WARM)
+
+
+def test_warm_items_are_tokenised_as_contexts_are() -> None:
+    assert list(map(list, WARM)) == [ids_of("one"), ids_of("two\n")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "prefix"),
+    [
+        ({}, [BOS, *ids_of("\n\n"), *WARM_IDS]),
+        ({"prefix": "x"}, [START, *ids_of("x")]),
+        ({"prefix": ""}, [START]),
+        ({"prefix_ids": [8, 9]}, [8, 9]),
+        ({"prefix_ids": []}, []),
+    ],
+)
+@pytest.mark.parametrize("door", [NATIVE, COMPLETIONS, ENGINE])
+def test_warm_items_end_the_default_prefix_and_no_given_one(
+    fields: dict[str, Any], prefix: list[int], door: Door
+) -> None:
+    entry = make_entry()._replace(defaults=WARMED)
+    obj = apply(make_obj(text="q"), {"contexts": ["a", "b"], **fields}, entry, door)
+    assert listed(obj.input_ids) == [*prefix, *ids_of("abq")]
+    assert spec_in(obj.sampling_params).prefix_len == len(prefix)
+
+
+def test_warm_items_end_the_prefix_of_the_server() -> None:
+    entry = make_entry()._replace(defaults=WARMED._replace(prefix="x"))
+    obj = apply(make_obj(text="q"), {"contexts": ["a", "b"]}, entry)
+    assert listed(obj.input_ids) == [START, *ids_of("x"), *WARM_IDS, *ids_of("abq")]
+
+
+def test_warm_items_end_what_a_template_puts_before_the_contexts() -> None:
+    marker: Any = SimpleNamespace(split=lambda ids: (ids[:2], ids[3:]))
+    entry = make_entry()._replace(marker=marker, defaults=WARMED)
+    obj = apply(make_obj(input_ids=[5, 6, 99, 7]), {"contexts": ["a", "b"]}, entry, CHAT)
+    assert listed(obj.input_ids) == [5, 6, *WARM_IDS, *ids_of("ab"), 7]
+
+
+def test_a_prefix_is_never_changed_by_warm_items() -> None:
+    prefix = ids([1, 2])
+    assert list(expand.with_warm(prefix, WARMED)) == [1, 2, *WARM_IDS]
+    assert prefix == ids([1, 2])
+    assert expand.with_warm(prefix, DEFAULTS) == prefix
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "texts", "reason"),
+    [
+        (None, ["a"], "needs a tokenizer"),
+        (CharTokenizer(), ["a", "\0"], "'\\x00' has no token"),
+        (CharTokenizer(), ["a" * 60, "abcd"], "64 tokens; the model's window is 64"),
+    ],
+)
+def test_warm_items_that_no_request_could_have_are_refused(
+    tokenizer: Any, texts: list[str], reason: str
+) -> None:
+    with pytest.raises(ValueError, match="--ape-warm") as caught:
+        expand.encode_warm(tokenizer, texts, LIMITS.window)
+    assert reason in str(caught.value)
+
+
+def test_without_warm_items_no_tokenizer_is_needed() -> None:
+    assert expand.encode_warm(None, (), LIMITS.window) == ()
 
 
 # ---------------------------------------------------------------- the hook

@@ -721,6 +721,26 @@ def test_the_prefix_is_the_given_one_or_the_default(
     assert (list(one.prefix.ids), list(one.ids)) == (prefix, [ord("a"), ord("b")])
 
 
+@pytest.mark.parametrize(
+    ("fields", "prefix"),
+    [
+        ({}, [1, 10, 10, 50, 51, 52]),
+        ({"prefix": "x"}, [2, ord("x")]),
+        ({"prefix_ids": []}, []),
+        ({"messages": [{"role": "user", "content": "hi"}]}, [7, 8, 50, 51, 52]),
+    ],
+)
+def test_warm_items_end_the_prefix_that_the_registration_does_not_give(
+    server: Server, fields: dict[str, Any], prefix: list[int]
+) -> None:
+    service = make_service(server, render=lambda fields: [7, 8])
+    warm = (array("I", [50, 51]), array("I", [52]))
+    service._entry = service._entry._replace(defaults=DEFAULTS._replace(warm=warm))
+    run(service.register({"contexts": ["ab"], **fields}))
+    (one,) = server.store
+    assert (list(one.prefix.ids), list(one.ids)) == (prefix, [ord("a"), ord("b")])
+
+
 def test_known_contexts_can_be_registered_by_id_to_pin_them(server: Server) -> None:
     service = make_service(server)
     (one,) = run(service.register(body(A)))["contexts"]
