@@ -20,7 +20,7 @@ from flashinfer_ext.worklist import Groups
 
 logger = logging.getLogger(__name__)
 
-CONTEXTS, PATH = 0, 1
+CONTEXTS, PATH, BIASED_CONTEXTS = 0, 1, 2
 Floats: TypeAlias = torch.Tensor | Sequence[float] | float
 
 
@@ -41,6 +41,10 @@ class ApeCascadeAttentionWrapper:
     parts of its contexts (a cover by rectangles). Partial states of a row are merged first, so that
     S * T acts on the partition sum over all of its contexts.
 
+    Contexts may have a bias (natural logarithm, at most 0 and at least -2e4): ``bias`` one for each
+    token of the contexts level, added to its logits after the division by T; ``rows_bias``, with
+    ``contexts_rows``, one for each place, added to the log-sum-exp of that row over that group.
+
     Args:
         float_workspace_buffer: uint8 on the GPU, 384 MB recommended; FlashInfer's split-KV results.
         kv_layout: ``"NHD"`` or ``"HND"``.
@@ -52,6 +56,10 @@ class ApeCascadeAttentionWrapper:
             only with ``use_cuda_graph``. Indices written to it before ``plan`` are not copied.
         rectangles: whether the captured ``run`` serves plans with ``contexts_rows``, or those
             without; only with ``use_cuda_graph``.
+        bias_buffer: fp32 on the GPU, an entry for each token of ``paged_kv_indices_buffer``: the
+            captured ``run`` serves plans with ``bias``, and no others; only with
+            ``use_cuda_graph``, and not with ``rectangles``. A bias written to it before ``plan``
+            is not copied.
 
     Source: APE paper (ICLR 2025), section 4.
     """
@@ -64,19 +72,23 @@ class ApeCascadeAttentionWrapper:
         batch_size: int | None = None,
         paged_kv_indices_buffer: torch.Tensor | None = None,
         rectangles: bool = False,
+        bias_buffer: torch.Tensor | None = None,
     ) -> None:
         if use_cuda_graph and (batch_size is None or paged_kv_indices_buffer is None):
             raise ValueError("use_cuda_graph needs batch_size and paged_kv_indices_buffer")
+        if bias_buffer is not None and (rectangles or not use_cuda_graph):
+            raise ValueError("bias_buffer is for use_cuda_graph without rectangles")
         self._workspace = float_workspace_buffer
         self._device = float_workspace_buffer.device
         self._layout = kv_layout
         self._graph = (
-            _GraphBuffers(batch_size, paged_kv_indices_buffer, rectangles)
+            _GraphBuffers(batch_size, paged_kv_indices_buffer, rectangles, bias_buffer)
             if batch_size is not None and paged_kv_indices_buffer is not None
             else None
         )
         self._key: variant.ModuleKey | None = None
         self._module: Any = None  # None: FlashInfer's stock kernel
+        self._bias: torch.Tensor | None = None
         self._levels: list[Any] = []
         self._side: torch.cuda.Stream | None = None
         self._rectangles: RectangleLaunch | None = None
@@ -100,6 +112,8 @@ class ApeCascadeAttentionWrapper:
         kv_data_type: torch.dtype | None = None,
         contexts_rows: torch.Tensor | None = None,
         path_groups: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        rows_bias: torch.Tensor | None = None,
     ) -> None:
         """Prepare a batch; any number of ``run`` calls may follow, one a layer.
 
@@ -130,15 +144,23 @@ class ApeCascadeAttentionWrapper:
                 none; those of a row must not hold a page of its contexts twice. ``temperature``
                 and ``scale`` are then for each row or for all, and the rows of one group have one
                 T. Given in the very memory of the last call, the contexts level is kept as it was
-                planned, with T and S, and only the path is planned anew. Needs the attention
+                planned, with T, S and bias, and only the path is planned anew. Needs the attention
                 module of this package. Default: row i at place i.
             path_groups: bool on the CPU, (groups of the contexts level,): those that belong to the
                 paths of their rows, which lack these pages then. They are read without T, and S * T
                 does not act on them. Only with ``contexts_rows``. Default: none.
+            bias: fp32 on the GPU, natural logarithm: entry ``i * page_size + j`` is added to the
+                logits of token j of the page at ``paged_kv_indices[i]``, for the pages of the
+                contexts level. Read by ``run``, not copied but for a captured graph. Needs the
+                module with a bias; not with ``contexts_rows``. Default: 0.
+            rows_bias: fp32 on the CPU, like ``contexts_rows`` and only with it, natural logarithm:
+                added to the log-sum-exp of the row at this place over its group. Default: 0.
 
         Raises:
             ValueError: lengths do not fit together, T or S is out of range, or rectangles are too
                 many for a captured graph.
+            RuntimeError: an attention module that is needed is neither prebuilt nor can be
+                compiled here.
         """
         qo = [indptr.cpu() for indptr in qo_indptr_arr]
         kv = [indptr.cpu() for indptr in paged_kv_indptr_arr]
@@ -162,9 +184,11 @@ class ApeCascadeAttentionWrapper:
         pages = int(kv[CONTEXTS][-1] + kv[PATH][-1])
         if len(indices) < pages:
             raise ValueError(f"paged_kv_indices holds {len(indices)} of {pages} pages")
+        _check_bias(bias, int(kv[CONTEXTS][-1]) * page_size, rows_bias, contexts_rows)
         key = variant.ModuleKey(q_data_type, kv_data_type or q_data_type, head_dim)
         if self._graph is not None:
             self._check_graph(rows, len(qo[PATH]) - 1, key, contexts_rows is not None)
+            bias = self._graph.with_bias(bias)
         if self._graph is not None and contexts_rows is None:
             if groups > rows:
                 raise ValueError(f"{groups} groups of contexts in a CUDA graph of {rows} rows")
@@ -178,7 +202,9 @@ class ApeCascadeAttentionWrapper:
             self._key, self._module = key, temperature_module(key)
             self._levels = []
             self._rectangles = self._contexts_rows = None
-        self._rows = rows
+        if bias is not None and self._module is None:
+            raise RuntimeError(f"a bias needs the attention module {key.name}")
+        self._rows, self._bias = rows, bias
         self._sm_scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
         self._plan_arguments = dict(
             num_qo_heads=num_qo_heads,
@@ -192,7 +218,9 @@ class ApeCascadeAttentionWrapper:
             self._contexts_rows = None
             self._plan_levels(qo, kv, indices, last, t, s)
         else:
-            self._plan_contexts_of_rows(contexts_rows, path_groups, qo, kv, last, t, s)
+            if rows_bias is None:
+                rows_bias = torch.zeros(len(contexts_rows))
+            self._plan_contexts_of_rows(contexts_rows, path_groups, rows_bias, qo, kv, last, t, s)
             self._indices = indices if self._graph is None else self._graph.indices
             self._plan_path(qo, kv, indices, last)
 
@@ -265,9 +293,9 @@ class ApeCascadeAttentionWrapper:
         )
         self._make_levels()
         if self._has_contexts:
-            self._plan_wrapper(
-                self._levels[CONTEXTS], qo[CONTEXTS], kv[CONTEXTS], indices, last[CONTEXTS], False
-            )
+            level = self._contexts_level
+            groups = qo[CONTEXTS], kv[CONTEXTS]
+            self._plan_wrapper(level, *groups, indices, last[CONTEXTS], False)
         self._plan_path(qo, kv, indices, last)
 
     def _plan_path(
@@ -284,6 +312,7 @@ class ApeCascadeAttentionWrapper:
         self,
         contexts_rows: torch.Tensor,
         path_groups: torch.Tensor,
+        rows_bias: torch.Tensor,
         qo: list[torch.Tensor],
         kv: list[torch.Tensor],
         last: list[torch.Tensor],
@@ -303,7 +332,7 @@ class ApeCascadeAttentionWrapper:
             self._rows == len(self._exponents) and paths == len(self._no_temperature)
         ):
             return
-        given = qo[CONTEXTS], contexts_rows, kv[CONTEXTS], last[CONTEXTS], path_groups
+        given = qo[CONTEXTS], contexts_rows, kv[CONTEXTS], last[CONTEXTS], path_groups, rows_bias
         groups = Groups(*(x.numpy() for x in given))
         self._rectangles.plan(groups, 1 / _temperature_of(groups, t), self._rows)
         floats = self._on_device(torch.cat([s * t, torch.ones(paths)]))
@@ -335,15 +364,20 @@ class ApeCascadeAttentionWrapper:
             )
 
     def _make_levels(self) -> None:
-        """FlashInfer's wrappers, once."""
-        if self._levels:
-            return
-        if self._graph is not None:
-            self._side = torch.cuda.Stream(self._device)
-        contexts, path = self._spaces()
-        # A wrapper holds 8 MB on the GPU, and a captured run with rectangles needs none for them.
-        only_path = self._graph is not None and self._graph.rectangles
-        self._levels = [None if only_path else self._wrapper(contexts), self._wrapper(path)]
+        """FlashInfer's wrappers, once, and none without need: each holds 8 MB on the GPU."""
+        if not self._levels:
+            if self._graph is not None:
+                self._side = torch.cuda.Stream(self._device)
+            contexts, path = self._spaces()
+            graph = self._graph
+            plain = graph is None or not (graph.rectangles or graph.bias is not None)
+            self._levels = [self._wrapper(contexts) if plain else None, self._wrapper(path), None]
+        if self._bias is not None and self._levels[BIASED_CONTEXTS] is None:
+            self._levels[BIASED_CONTEXTS] = self._wrapper(self._spaces()[CONTEXTS], with_bias=True)
+
+    @property
+    def _contexts_level(self) -> Any:
+        return self._levels[CONTEXTS if self._bias is None else BIASED_CONTEXTS]
 
     def _spaces(self) -> list[torch.Tensor]:
         """Where each level writes its partial results.
@@ -391,7 +425,7 @@ class ApeCascadeAttentionWrapper:
         self, q: torch.Tensor, kv_cache: Any, scales: _Scales, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         level = self._levels[PATH]
-        return self._call(level, q, kv_cache, self._no_temperature, scales, True, out, lse)
+        return self._call(level, q, kv_cache, [self._no_temperature], scales, True, out, lse)
 
     def _run_contexts(
         self, q: torch.Tensor, kv_cache: Any, scales: _Scales
@@ -409,15 +443,18 @@ class ApeCascadeAttentionWrapper:
                 scales = scales._replace(sm_scale=scales.sm_scale / self._one_temperature)
             else:
                 q = (q * self._inv_temperature_of_row.view(-1, 1, 1)).to(q.dtype)
-        level, out = self._levels[CONTEXTS], torch.empty_like(q)  # FlashInfer would zero it
-        return self._call(level, q, kv_cache, self._inv_temperature, scales, False, out)
+        tensors = (
+            [self._inv_temperature] if self._bias is None else [self._inv_temperature, self._bias]
+        )
+        out = torch.empty_like(q)  # FlashInfer would zero it
+        return self._call(self._contexts_level, q, kv_cache, tensors, scales, False, out)
 
     def _call(
         self,
         wrapper: Any,
         q: torch.Tensor,
         kv_cache: Any,
-        inv_temperature: torch.Tensor,
+        tensors: list[torch.Tensor],
         scales: _Scales,
         causal: bool,
         out: torch.Tensor,
@@ -428,17 +465,22 @@ class ApeCascadeAttentionWrapper:
                 q, kv_cache, causal=causal, sm_scale=scales.sm_scale, k_scale=scales.k_scale
             )
         logits_scale = scales.sm_scale * scales.k_scale
-        return wrapper.run(
-            q, kv_cache, inv_temperature, logits_scale, out=out, lse=lse, return_lse=True
-        )
+        return wrapper.run(q, kv_cache, *tensors, logits_scale, out=out, lse=lse, return_lse=True)
 
-    def _wrapper(self, workspace: torch.Tensor) -> BatchPrefillWithPagedKVCacheWrapper:
+    def _wrapper(
+        self, workspace: torch.Tensor, with_bias: bool = False
+    ) -> BatchPrefillWithPagedKVCacheWrapper:
         buffers: dict[str, Any] = {} if self._graph is None else self._graph.arguments()
-        if self._module is None:
+        key, module = self._key, self._module
+        assert key is not None
+        if with_bias:
+            key = key._replace(with_bias=True)
+            module = bias_module(key)
+        if module is None:
             return BatchPrefillWithPagedKVCacheWrapper(
                 workspace, self._layout, backend="fa2", **buffers
             )
-        return variant.TemperatureAttentionWrapper(self._module, workspace, self._layout, **buffers)
+        return variant.VariantAttentionWrapper(key, module, workspace, self._layout, **buffers)
 
     def _on_device(self, floats: torch.Tensor) -> torch.Tensor:
         if self._graph is None:
@@ -466,6 +508,23 @@ def temperature_module(key: variant.ModuleKey) -> Any:
     return None
 
 
+@functools.cache
+def bias_module(key: variant.ModuleKey) -> Any:
+    """The kernel with a bias for each token.
+
+    Raises:
+        RuntimeError: it cannot be had; no stock kernel does the same.
+    """
+    if not variant.is_available(key):
+        raise RuntimeError(
+            f"a bias needs the attention module {key.name}, which is neither prebuilt nor can be "
+            "compiled here (no nvcc or no ninja); python -m flashinfer_ext.prebuild builds it "
+            "elsewhere"
+        )
+    logger.info("loading the attention module %s", key.name)
+    return variant.load_module(key)
+
+
 class _Scales(NamedTuple):
     sm_scale: float
     k_scale: float
@@ -474,11 +533,22 @@ class _Scales(NamedTuple):
 class _GraphBuffers:
     """What captured launches read: fixed addresses for a fixed number of rows."""
 
-    def __init__(self, rows: int, indices: torch.Tensor, rectangles: bool) -> None:
+    def __init__(
+        self, rows: int, indices: torch.Tensor, rectangles: bool, bias: torch.Tensor | None
+    ) -> None:
         self.rows = rows
         self.indices = indices
         self.rectangles = rectangles
+        self.bias = bias
         self.floats: torch.Tensor | None = None
+
+    def with_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias where the captured launch reads it."""
+        if (bias is None) != (self.bias is None):
+            raise ValueError("a CUDA graph captured with a bias needs bias, one without takes none")
+        if bias is not None and self.bias is not None and bias.data_ptr() != self.bias.data_ptr():
+            self.bias[: len(bias)] = bias
+        return self.bias
 
     def arguments(self) -> dict[str, Any]:
         """Buffers of one of FlashInfer's wrappers, with as many groups as rows."""
@@ -521,6 +591,30 @@ def _check_levels(
         )
     if places and not 0 <= int(contexts_rows.min()) <= int(contexts_rows.max()) < rows:
         raise ValueError(f"contexts_rows must be rows of the batch, 0 to {rows - 1}")
+
+
+def _check_bias(
+    bias: torch.Tensor | None,
+    tokens: int,
+    rows_bias: torch.Tensor | None,
+    contexts_rows: torch.Tensor | None,
+) -> None:
+    if bias is not None:
+        if contexts_rows is not None:
+            raise ValueError("bias is for plans without contexts_rows, which have rows_bias")
+        if bias.dtype != torch.float32 or bias.dim() != 1 or len(bias) < tokens:
+            raise ValueError(
+                f"bias must be fp32 of {tokens} tokens, got {bias.dtype} of shape "
+                f"{tuple(bias.shape)}"
+            )
+    if rows_bias is not None:
+        if contexts_rows is None:
+            raise ValueError("rows_bias is for plans with contexts_rows")
+        if rows_bias.dtype != torch.float32 or rows_bias.shape != contexts_rows.shape:
+            raise ValueError(
+                f"rows_bias must be fp32 of shape {tuple(contexts_rows.shape)}, got "
+                f"{rows_bias.dtype} of shape {tuple(rows_bias.shape)}"
+            )
 
 
 def _as_floats(name: str, value: Floats, count: int) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""Collect KV slots of page-table segments, and queries of rows, in one Triton kernel each."""
+"""Collect KV slots of page-table segments, and queries of rows, and spread values over segments, in
+one Triton kernel each.
+"""
 
 from __future__ import annotations
 
@@ -92,6 +94,37 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         column = first + tl.arange(0, BLOCK)
         mask = column < length
         tl.store(out + begin + column, tl.load(source + column, mask=mask), mask=mask)
+
+
+def spread(values: torch.Tensor, indptr: torch.Tensor, longest: int, out: torch.Tensor) -> None:
+    """Write ``values[i]`` to ``out[indptr[i]:indptr[i + 1]]`` for all i.
+
+    The same as ``torch.repeat_interleave(values, indptr.diff())``, without waiting for the GPU.
+
+    Args:
+        values: (segments,) fp32.
+        indptr: (segments + 1,) int32.
+        longest: elements of the longest segment, known to the host; only sizes the launch.
+        out: fp32, at least ``indptr[-1]`` long.
+
+    All tensors on one CUDA device.
+    """
+    segments = values.shape[0]
+    if segments == 0 or longest == 0:
+        return
+    programs = min(triton.cdiv(longest, _BLOCK), _MAX_PROGRAMS_PER_SEGMENT)
+    _spread_kernel[(segments, programs)](values, indptr, out, BLOCK=_BLOCK)
+
+
+@triton.jit
+def _spread_kernel(values, indptr, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    segment = tl.program_id(0)
+    begin = tl.load(indptr + segment)
+    length = tl.load(indptr + segment + 1) - begin
+    value = tl.load(values + segment)
+    for first in range(tl.program_id(1) * BLOCK, length, tl.num_programs(1) * BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        tl.store(out + begin + column, value, mask=column < length)
 
 
 def gather_packed(

@@ -175,6 +175,8 @@ class StateLists(NamedTuple):
     indptr: torch.Tensor  # (rows + 1,)
     path_start: torch.Tensor  # (rows,) places in ``index``, like ``indptr``
     index: torch.Tensor  # (indptr[-1],) at least
+    # fp32 like ``index``, base 2: added to the log-sum-exp of the state at each place; None for 0.
+    bias: torch.Tensor | None = None
 
 
 def merge_states_scaled(
@@ -249,7 +251,8 @@ def launch_merge_states(
         s_path,
         v,
         s,
-        *lists,
+        *lists[:3],
+        exponents if lists.bias is None else lists.bias,
         exponents,
         out,
         s_path if lse is None else lse,
@@ -264,6 +267,7 @@ def launch_merge_states(
         v_scale,
         GROUP_SIZE=v.shape[1],
         EMPTY_LSE=EMPTY_LSE,
+        HAS_BIAS=lists.bias is not None,
         IN_PLACE=out.data_ptr() == v_path.data_ptr() and v_scale == 1.0,
         WRITE_LSE=lse is not None,
         BLOCK_STATES=_BLOCK_STATES,
@@ -280,6 +284,7 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     indptr,
     path_start,
     index,
+    bias,
     exponents,
     out,
     lse,
@@ -294,6 +299,7 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     v_scale,
     GROUP_SIZE: tl.constexpr,
     EMPTY_LSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     IN_PLACE: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
@@ -316,8 +322,8 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     sums = tl.full([BLOCK_DIM], 0.0, tl.float32)
     for first in range(begin, middle, BLOCK_STATES):
         highest, total, sums = _add_states(
-            highest, total, sums, first, middle, index, s, stride_s, v, stride_v, packed, head_dim,
-            dim, in_dim, EMPTY_LSE, BLOCK_STATES,
+            highest, total, sums, first, middle, index, bias, s, stride_s, v, stride_v, packed,
+            head_dim, dim, in_dim, EMPTY_LSE, HAS_BIAS, BLOCK_STATES,
         )  # fmt: skip
     log_path = tl.load(s_path + row * stride_s_path + head)
     path = tl.load(v_path + row * stride_v_path + head * head_dim + dim, mask=in_dim, other=0.0)
@@ -326,8 +332,8 @@ def _merge_states_kernel(  # type: ignore[no-untyped-def]
     path = path.to(tl.float32)  # of no weight if empty, unless nothing else comes
     for first in range(middle, stop, BLOCK_STATES):
         highest_path, total_path, path = _add_states(
-            highest_path, total_path, path, first, stop, index, s, stride_s, v, stride_v, packed,
-            head_dim, dim, in_dim, EMPTY_LSE, BLOCK_STATES,
+            highest_path, total_path, path, first, stop, index, bias, s, stride_s, v, stride_v,
+            packed, head_dim, dim, in_dim, EMPTY_LSE, HAS_BIAS, BLOCK_STATES,
         )  # fmt: skip
 
     empty = total == 0.0
@@ -359,6 +365,7 @@ def _add_states(  # type: ignore[no-untyped-def]
     first,
     stop,
     index,
+    bias,
     s,
     stride_s,
     v,
@@ -368,14 +375,18 @@ def _add_states(  # type: ignore[no-untyped-def]
     dim,
     in_dim,
     EMPTY_LSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
 ):
     """A block of a row's states added to a running softmax."""
     place = first + tl.arange(0, BLOCK_STATES)
     state = tl.load(index + place, mask=place < stop, other=0).to(tl.int64)
     logs = tl.load(s + state * stride_s + packed, mask=place < stop, other=float("-inf"))
+    empty = logs <= EMPTY_LSE
+    if HAS_BIAS:
+        logs += tl.load(bias + place, mask=place < stop, other=0.0)
     new = tl.maximum(highest, tl.max(logs, axis=0))
-    weights = tl.where(logs <= EMPTY_LSE, 0.0, tl.exp2(logs - new))
+    weights = tl.where(empty, 0.0, tl.exp2(logs - new))
     values = tl.load(
         v + state[:, None] * stride_v + packed * head_dim + dim[None, :],
         mask=(place < stop)[:, None] & in_dim[None, :],
@@ -432,12 +443,14 @@ def _check_state_lists(
     _check_log("s_path", s_path, v_path)
     _check_log("s", s, v)
     rows = v_path.shape[0]
-    for name, given, size in zip(
-        StateLists._fields, lists, (rows + 1, rows, len(lists.index)), strict=True
-    ):
-        if given.shape != (size,) or given.dtype != torch.int32:
+    sizes = (rows + 1, rows, len(lists.index), len(lists.index))
+    for name, given, size in zip(StateLists._fields, lists, sizes, strict=True):
+        if given is None:
+            continue
+        dtype = torch.float32 if name == "bias" else torch.int32
+        if given.shape != (size,) or given.dtype != dtype:
             raise ValueError(
-                f"{name} must be int32 of shape ({size},), got {given.dtype} of shape "
+                f"{name} must be {dtype} of shape ({size},), got {given.dtype} of shape "
                 f"{tuple(given.shape)}"
             )
     _check_exponent("exponent", exponent, v_path.shape[0])

@@ -49,8 +49,10 @@ def build(
         for kv in kv_dtypes
         for head_dim in head_dims
     ]
+    with_bias = [key._replace(with_bias=True) for key in keys]
     if hopper:
         keys += [key.on_hopper for key in keys if key.on_hopper is not None]
+    keys += with_bias
     for key in (progress := tqdm(keys)):
         progress.set_description(key.name)
         spec = jit_spec(key)

@@ -27,6 +27,7 @@ from flashinfer_ext.worklist import (
 logger = logging.getLogger(__name__)
 
 _HOPPER = (9, 0)
+_LOG2_E = np.float32(np.log2(np.e))
 
 
 class Heads(NamedTuple):
@@ -120,8 +121,9 @@ class RectangleLaunch:
     @property
     def state_lists(self) -> StateLists:
         """The states of each row."""
-        names = ("state_indptr", "path_start", "state_index")
-        return StateLists(*(self._ints[name] for name in names))
+        ints = self._ints
+        bias = ints["state_bias"].view(torch.float32)
+        return StateLists(ints["state_indptr"], ints["path_start"], ints["state_index"], bias)
 
     def plan(self, groups: Groups, inv_temperature: torch.Tensor, rows: int) -> None:
         """Lay out the work and send it to the GPU.
@@ -233,6 +235,7 @@ class RectangleLaunch:
             "state_indptr": work.state_indptr,
             "path_start": work.path_start,
             "state_index": padded(work.state_index, size, 0),
+            "state_bias": padded((work.state_bias * _LOG2_E).view(np.int32), size, 0),
             **self._lists_of(work, shape),
         }
         lists = Lists(list(parts.values()))

@@ -14,6 +14,9 @@ import torch
 EMPTY_LSE = -4.5e4
 """A state with a log-sum-exp at or below this is empty: torch gives -inf, FlashInfer -5e4."""
 
+LOWEST_BIAS = -2e4
+"""A bias below this is as good as this: of no weight, and yet no state with it counts as empty."""
+
 _ROWS_AT_ONCE = 512  # bounds the score matrix to heads * 512 * kv_len floats
 
 
@@ -116,7 +119,11 @@ def merge_state_scaled(
 
 
 def merge_states(
-    v: torch.Tensor, s: torch.Tensor, indptr: torch.Tensor, index: torch.Tensor
+    v: torch.Tensor,
+    s: torch.Tensor,
+    indptr: torch.Tensor,
+    index: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge any number of attention states into one for each row.
 
@@ -125,6 +132,7 @@ def merge_states(
         s: (states, num_heads), base-2 log-sum-exp, fp32; at most ``EMPTY_LSE`` for an empty state.
         indptr: (rows + 1,) integer: row i merges the states ``index[indptr[i]:indptr[i + 1]]``.
         index: integer, which states; a state may stand anywhere and more than once.
+        bias: fp32 like ``index``, base 2, added to the log-sum-exps of these states; None for 0.
 
     Returns:
         ``(v, s)``, fp32 of shapes (rows, num_heads, head_dim) and (rows, num_heads); 0 and -inf
@@ -137,6 +145,8 @@ def merge_states(
     for row, (start, stop) in enumerate(pairwise(bounds)):
         states = index[start:stop].long()
         logs = torch.where(s[states] <= EMPTY_LSE, -math.inf, s[states])
+        if bias is not None:
+            logs = logs + bias[start:stop, None]
         highest = logs.amax(0) if start < stop else lse[row]
         weights = torch.exp2(logs - highest.masked_fill(highest == -math.inf, 0.0))
         total = weights.sum(0)
@@ -154,6 +164,7 @@ def merge_states_scaled(
     indptr: torch.Tensor,
     path_start: torch.Tensor,
     index: torch.Tensor,
+    bias: torch.Tensor | None,
     exponent: torch.Tensor | float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge the partial states of a row's contexts, scale the result, and merge the path with it.
@@ -171,6 +182,7 @@ def merge_states_scaled(
         path_start: (rows,): the states ``index[path_start[i]:indptr[i + 1]]`` of row i belong to
             its path and are merged with it first; those before are of its contexts.
         index: (indptr[-1],) at least.
+        bias: fp32 like ``index``, base 2, added to the log-sum-exps of these states; None for 0.
         exponent: scalar or (rows,), fp32.
 
     Returns:
@@ -181,9 +193,13 @@ def merge_states_scaled(
     rows = list(zip(indptr[:-1].tolist(), path_start.tolist(), indptr[1:].tolist(), strict=True))
 
     def merged(bounds: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        own = [index[a:b] for a, b in bounds]
-        counts = torch.tensor([0, *(len(states) for states in own)])
-        return merge_states(v, s, counts.cumsum(0), torch.cat([*own, index[:0]]))
+        counts = torch.tensor([0, *(b - a for a, b in bounds)])
+
+        def taken(values: torch.Tensor) -> torch.Tensor:
+            return torch.cat([*(values[a:b] for a, b in bounds), values[:0]])
+
+        own = None if bias is None else taken(bias)
+        return merge_states(v, s, counts.cumsum(0), taken(index), own)
 
     contexts = merged([(begin, middle) for begin, middle, _ in rows])
     more = merged([(middle, stop) for _, middle, stop in rows])

@@ -30,13 +30,14 @@ class WorkSizes(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Rectangles: the rows and the pages of each, as ``plan`` takes a level. All int32."""
+    """Rectangles: the rows and the pages of each, as ``plan`` takes a level. int32 but for two."""
 
     qo_indptr: np.ndarray  # (groups + 1,) into ``rows``
     rows: np.ndarray  # (virtual rows,) which row of the batch
     kv_indptr: np.ndarray  # (groups + 1,) into the page indices
     last_page_len: np.ndarray  # (groups,)
     in_path: np.ndarray  # (groups,) bool: belongs to the paths of its rows, not to their contexts
+    bias: np.ndarray  # (virtual rows,) fp32, natural: added to the log-sum-exp of what it reads
 
 
 class Shape(NamedTuple):
@@ -64,6 +65,7 @@ class Work(NamedTuple):
     state_indptr: np.ndarray  # (rows + 1,) a row's states are state_index[indptr[i]:indptr[i + 1]]
     path_start: np.ndarray  # (rows,) where those of its path begin, behind those of its contexts
     state_index: np.ndarray  # (states,)
+    state_bias: np.ndarray  # (states,) fp32, natural, in the order of ``state_index``
 
     def check_fits(self, sizes: WorkSizes) -> None:
         """Raises: ValueError: a captured launch of these sizes cannot do it."""
@@ -102,9 +104,11 @@ def make_work(groups: Groups, shape: Shape, tile: int, sizes: WorkSizes | None =
     rows = lens[of]
 
     longest_first = np.argsort(begin - end, kind="stable")
-    row_of_state = groups.rows[np.repeat(groups.qo_indptr[live[of]], rows) + counts(rows)]
+    place = np.repeat(groups.qo_indptr[live[of]], rows) + counts(rows)  # the virtual row
+    row_of_state = groups.rows[place]
     in_path = np.repeat(groups.in_path[live[of]], rows)
     state_indptr = np.append(0, np.cumsum(np.bincount(row_of_state, minlength=shape.rows)))
+    state_index = np.argsort(2 * row_of_state + in_path, kind="stable")
     return Work(
         tile,
         rectangle=live[of],
@@ -118,7 +122,8 @@ def make_work(groups: Groups, shape: Shape, tile: int, sizes: WorkSizes | None =
         state_row=row_of_state,
         state_indptr=state_indptr,
         path_start=state_indptr[1:] - np.bincount(row_of_state[in_path], minlength=shape.rows),
-        state_index=np.argsort(2 * row_of_state + in_path, kind="stable"),
+        state_index=state_index,
+        state_bias=groups.bias[place[state_index]],
     )
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from flashinfer_ext import cascade, reference
 from flashinfer_ext.merge import StateLists, merge_state_scaled, merge_states_scaled
-from flashinfer_ext.reference import attention_state
+from flashinfer_ext.reference import LOWEST_BIAS, attention_state
 from flashinfer_ext.reference import merge_state_scaled as reference_merge
 from tests.support.oracle import one_thread
 
@@ -273,9 +273,18 @@ def state_lists(draw: st.DrawFn) -> States:
     return states._replace(s=s, s_path=s_path, exponents=torch.tensor(exponents))
 
 
+def with_bias(states: States, lowest: float = -40.0) -> States:
+    """A bias of every state that is taken; the first of all has none."""
+    lists = states.lists
+    generator = torch.Generator().manual_seed(4)
+    bias = lowest * torch.rand(len(lists.index), generator=generator)
+    bias[:1] = 0
+    return states._replace(lists=lists._replace(bias=bias))
+
+
 @fast
 @given(
-    states=state_lists(),
+    states=st.one_of(state_lists(), state_lists().map(with_bias)),
     v_scale=st.sampled_from([1.0, 0.25]),
     want_lse=st.booleans(),
     in_place=st.booleans(),
@@ -290,6 +299,52 @@ def test_the_kernel_of_many_states_equals_the_reference(
     assert_near(out, expected)
     if want_lse:
         assert_near(lse, expected_lse)
+
+
+def test_a_bias_of_zeros_changes_no_bit(kernels: SimpleNamespace) -> None:
+    states = random_states([(33, 20), (1, 0)], (2, 3, 64), torch.bfloat16)
+    found = []
+    for each in (states, with_bias(states, lowest=0.0)):
+        out, lse = torch.full_like(states.v_path, math.nan), torch.full_like(states.s_path, 0)
+        kernels.merge.launch_merge_states(*each, out, lse)
+        found.append((out, lse))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_bias_is_added_to_log_sum_exps_that_are_not_empty(kernels: SimpleNamespace) -> None:
+    states = random_states([(9, 4), (3, 0)], (2, 3, 64), torch.float32)
+    states.s[::3] = -5e4
+    biased = with_bias(states)
+    assert biased.lists.bias is not None
+    moved = states.s.clone()
+    moved[biased.lists.index.long()] += biased.lists.bias[:, None, None]
+    expected, expected_lse = expected_states(states._replace(s=moved))
+    for merged in (
+        merge_states_scaled(*biased),
+        _launched(kernels, biased),
+    ):
+        assert_near(merged[0], expected)
+        assert_near(merged[1], expected_lse)
+
+
+def test_a_state_with_the_lowest_bias_has_no_weight_unless_it_is_alone(
+    kernels: SimpleNamespace,
+) -> None:
+    states = random_states([(2, 0), (1, 0)], (1, 3, 64), torch.float32)
+    states.s_path[:] = -5e4
+    lowest = LOWEST_BIAS * math.log2(math.e)
+    states = states._replace(lists=states.lists._replace(bias=torch.tensor([lowest, 0, lowest])))
+    (out, lse), exponent = _launched(kernels, states), states.exponents
+    _, second, alone = states.lists.index.tolist()
+    assert torch.equal(out[0], states.v[second, 0])
+    assert_near(out[1], states.v[alone, 0])
+    assert_near(lse[1], (states.s[alone, 0] + lowest) * exponent[1])
+
+
+def _launched(kernels: SimpleNamespace, states: States) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.full_like(states.v_path, math.nan), torch.full_like(states.s_path, math.nan)
+    kernels.merge.launch_merge_states(*states, out, lse)
+    return out, lse
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -404,6 +459,8 @@ GOOD_LISTS = GOOD_STATES.lists
         ({"lists": GOOD_LISTS._replace(path_start=GOOD_LISTS.path_start.long())}, "path_start"),
         ({"lists": GOOD_LISTS._replace(index=GOOD_LISTS.index.long())}, "index"),
         ({"lists": GOOD_LISTS._replace(index=GOOD_LISTS.index[None])}, "index"),
+        ({"lists": GOOD_LISTS._replace(bias=torch.zeros(4))}, "bias"),
+        ({"lists": GOOD_LISTS._replace(bias=torch.zeros(5).double())}, "bias"),
         ({"exponents": torch.ones(3)}, "^exponent must"),
     ],
 )
@@ -484,6 +541,25 @@ def test_rows_may_be_of_any_integer_type(kernels: SimpleNamespace) -> None:
 def test_the_reference_of_no_segments_is_empty(kernels: SimpleNamespace) -> None:
     gathered = kernels.gather.gather_kv_indices_reference(*gather_of(2, 4, []))
     assert (gathered.shape, gathered.dtype) == ((0,), torch.int32)
+
+
+@pytest.mark.parametrize(("block", "programs"), [(1024, 64), (8, 2)])
+@pytest.mark.parametrize("lens", [[], [0], [5, 0, 1, 40], [1] * 7])
+def test_values_are_spread_over_their_segments(
+    kernels: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    lens: list[int],
+    block: int,
+    programs: int,
+) -> None:
+    monkeypatch.setattr(kernels.gather, "_BLOCK", block)
+    monkeypatch.setattr(kernels.gather, "_MAX_PROGRAMS_PER_SEGMENT", programs)
+    values, lengths = -1.5 * torch.arange(len(lens)), torch.tensor(lens, dtype=torch.int32)
+    indptr = torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    out = torch.full((sum(lens) + 3,), math.nan)
+    kernels.gather.spread(values, indptr, max(lens, default=0), out)
+    assert torch.equal(out[:-3], torch.repeat_interleave(values, lengths))
+    assert out[-3:].isnan().all()
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -575,6 +651,10 @@ def wrapper(monkeypatch: pytest.MonkeyPatch) -> cascade.ApeCascadeAttentionWrapp
         ({"scale": torch.tensor([0.5, -0.1])}, "scale"),
         ({"temperature": [0.5, 0.5, 0.5]}, "temperature"),
         ({"scale": [0.5, 0.5, 0.5]}, "scale"),
+        ({"bias": torch.zeros(63)}, "bias must be fp32 of 64 tokens"),
+        ({"bias": torch.zeros(64).half()}, "bias must be fp32"),
+        ({"bias": torch.zeros(64, 1)}, "bias must be fp32"),
+        ({"rows_bias": torch.zeros(5)}, "rows_bias is for"),
     ],
 )
 def test_a_plan_that_does_not_fit_says_what_is_wrong(
@@ -584,13 +664,85 @@ def test_a_plan_that_does_not_fit_says_what_is_wrong(
         wrapper.plan(**{**GOOD_PLAN, **changes})
 
 
+def test_a_bias_without_its_module_is_refused(
+    wrapper: cascade.ApeCascadeAttentionWrapper,
+) -> None:
+    """FlashInfer's stock kernel would leave it out."""
+    with pytest.raises(RuntimeError, match="a bias needs the attention module"):
+        wrapper.plan(**GOOD_PLAN, bias=torch.zeros(64))
+
+
+class Level:
+    """FlashInfer's wrapper on one of the modules; it does nothing but take note."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.runs: list[tuple[Any, ...]] = []
+
+    def plan(self, **_: Any) -> None:
+        pass
+
+    def run(self, q: Any, kv: Any, *tensors: Any, out: Any, **_: Any) -> Any:
+        self.runs.append(tensors)
+        return out, torch.zeros(out.shape[:2])
+
+
+def test_only_the_contexts_of_a_biased_plan_are_read_with_a_bias(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Level] = []
+
+    def new_level(key: Any, module: str, *_: Any, **__: Any) -> Level:
+        assert key.with_bias == (module == "biased")
+        made.append(Level(module))
+        return made[-1]
+
+    monkeypatch.setattr(cascade, "temperature_module", lambda key: "plain")
+    monkeypatch.setattr(cascade, "bias_module", lambda key: "biased")
+    monkeypatch.setattr(cascade.variant, "VariantAttentionWrapper", new_level)
+    monkeypatch.setattr(cascade, "launch_merge", lambda *_: None)
+    wrapper = cascade.ApeCascadeAttentionWrapper(torch.empty(16, dtype=torch.uint8))
+    bias = -torch.rand(64)
+    for each in (None, bias, None):
+        wrapper.plan(**GOOD_PLAN, bias=each)
+        wrapper.run(torch.empty(5, 4, 64), torch.empty(6, 2, 16, 2, 64))
+    contexts, path, biased = made
+    assert [level.module for level in made] == ["plain", "plain", "biased"]
+    assert [len(level.runs) for level in made] == [2, 3, 1]
+    _, read, scale = biased.runs[0]
+    assert read is bias and scale == 64**-0.5
+    assert all(len(tensors) == 2 for tensors in contexts.runs + path.runs)
+
+
 def test_a_run_without_a_plan_is_refused(wrapper: cascade.ApeCascadeAttentionWrapper) -> None:
     with pytest.raises(RuntimeError, match="plan"):
         wrapper.run(torch.empty(5, 4, 64), torch.empty(6, 2, 16, 2, 64))
 
 
+@pytest.mark.parametrize("captured_with", [False, True])
+def test_a_graph_takes_a_bias_as_it_was_captured(
+    monkeypatch: pytest.MonkeyPatch, captured_with: bool
+) -> None:
+    monkeypatch.setattr(cascade, "temperature_module", lambda key: None)
+    wrapper = cascade.ApeCascadeAttentionWrapper(
+        torch.empty(16, dtype=torch.uint8),
+        use_cuda_graph=True,
+        batch_size=2,
+        paged_kv_indices_buffer=torch.zeros(64, dtype=torch.int32),
+        bias_buffer=torch.zeros(64 * 16) if captured_with else None,
+    )
+    one_each = {"qo_indptr_arr": [int32(0, 1, 2)] * 2}
+    bias = None if captured_with else torch.zeros(64)
+    with pytest.raises(ValueError, match="captured with a bias"):
+        wrapper.plan(**{**GOOD_PLAN, **one_each}, bias=bias)
+
+
 def test_a_graph_wrapper_names_the_buffers_that_it_needs() -> None:
     workspace = torch.empty(16, dtype=torch.uint8)
+    for options in ({}, {"use_cuda_graph": True, "batch_size": 4, "rectangles": True}):
+        buffers = {"paged_kv_indices_buffer": int32(0), "bias_buffer": torch.zeros(1)}
+        with pytest.raises(ValueError, match="bias_buffer"):
+            cascade.ApeCascadeAttentionWrapper(workspace, **options, **buffers)
     with pytest.raises(ValueError, match="paged_kv_indices_buffer"):
         cascade.ApeCascadeAttentionWrapper(workspace, use_cuda_graph=True, batch_size=4)
     with pytest.raises(ValueError, match="batch_size"):

@@ -92,11 +92,12 @@ def test_each_combination_is_built_once_into_its_place(
     monkeypatch.setattr(variant, "jit_spec", jit_spec)
     prebuild.build(["bfloat16", "float16"], ["auto", "float8_e4m3fn"], [64, 128], hopper)
     keys = {
-        ModuleKey(q, kv, head_dim, template)
+        ModuleKey(q, kv, head_dim, template, with_bias)
         for q in (torch.bfloat16, torch.float16)
         for kv, template in ((q, "fa2"), (torch.float8_e4m3fn, "fa2"), (q, "fa3"))
         for head_dim in (64, 128)
-        if hopper or template == "fa2"
+        for with_bias in (False, True)
+        if template == "fa2" or (hopper and not with_bias)
     }
     assert len(built) == len(keys)
     files = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}

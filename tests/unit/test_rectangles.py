@@ -30,6 +30,11 @@ class Rectangle(NamedTuple):
     rows: list[int]
     kv: list[int]  # tokens
     in_path: bool = False
+    bias: Sequence[float] = ()  # of each row, 0 if left out
+
+    @property
+    def rows_bias(self) -> list[float]:
+        return list(self.bias) or [0.0] * len(self.rows)
 
 
 class Problem(NamedTuple):
@@ -55,7 +60,8 @@ def problems(draw: st.DrawFn, page_size: int) -> Problem:
         if not in_path:
             members = [row for row in members if temperature[row] == temperature[members[0]]]
         length = draw(st.sampled_from([0, 1, 3, 64, 130, 500]))
-        found.append(Rectangle(members, list(range(used, used + length)), in_path))
+        bias = () if in_path else draw(_floats(len(members), -9.0, 0.0))
+        found.append(Rectangle(members, list(range(used, used + length)), in_path, bias))
         used = -(-(used + length) // page_size) * page_size
     paths = []
     for _ in range(rows):
@@ -248,7 +254,7 @@ def on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
         kernel = Kernel(key, Module(), Heads(HEADS, KV_HEADS, HEAD_DIM), PROCESSORS)
         patch.setattr(cascade, "temperature_module", lambda key: Module())
         patch.setattr(cascade, "launch_merge_states", merge)
-        patch.setattr(cascade.ApeCascadeAttentionWrapper, "_wrapper", lambda self, space: Path())
+        patch.setattr(cascade.ApeCascadeAttentionWrapper, "_wrapper", lambda *_: Path())
         patch.setattr(rectangles, "gather_packed", gather)
         patch.setattr(rectangles.Kernel, "best", lambda *_: kernel)
         patch.setattr(rectangles, "device_support_pdl", lambda device: False)
@@ -260,6 +266,7 @@ def plan_of(problem: Problem) -> dict[str, Any]:
     first = pages_of([rectangle.kv for rectangle in groups], problem.page_size)
     second = pages_of(problem.paths, problem.page_size)
     rows = [row for rectangle in groups for row in rectangle.rows]
+    bias = [value for rectangle in groups for value in rectangle.rows_bias]
     return dict(
         qo_indptr_arr=[indptr([len(r.rows) for r in groups]), indptr([1] * len(problem.paths))],
         paged_kv_indptr_arr=[first[0], second[0]],
@@ -274,6 +281,7 @@ def plan_of(problem: Problem) -> dict[str, Any]:
         q_data_type=torch.float32,
         contexts_rows=torch.tensor(rows, dtype=torch.int32),
         path_groups=torch.tensor([r.in_path for r in groups], dtype=torch.bool),
+        rows_bias=torch.tensor(bias, dtype=torch.float32),
     )
 
 
@@ -290,14 +298,16 @@ def inputs_of(problem: Problem) -> tuple[torch.Tensor, tuple[torch.Tensor, torch
 def formula(
     problem: Problem, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row by row and head by head, in float64: one softmax over all of a row's contexts with 1/T,
-    one over its path, weighed by softmax([S T L_contexts, L_path]). Natural logarithms.
+    """Row by row and head by head, in float64: one softmax over all of a row's contexts with 1/T
+    and a bias, one over its path, weighed by softmax([S T L_contexts, L_path]). Natural logarithms.
     """
     keys, values = (cache.reshape(-1, KV_HEADS, HEAD_DIM).double() for cache in kv)
     out, lse = torch.zeros_like(q, dtype=torch.float64), torch.zeros(q.shape[:2]).double()
     for row, path in enumerate(problem.paths):
         own_rectangles = [r for r in problem.rectangles if row in r.rows]
-        contexts = [t for r in own_rectangles if not r.in_path for t in r.kv]
+        of_contexts = [r for r in own_rectangles if not r.in_path]
+        contexts = [t for r in of_contexts for t in r.kv]
+        biases = [r.rows_bias[r.rows.index(row)] for r in of_contexts for _ in r.kv]
         path = path + [t for r in own_rectangles if r.in_path for t in r.kv]
         t, s = problem.temperature[row], problem.scale[row]
         for head in range(HEADS):
@@ -305,7 +315,7 @@ def formula(
             logits = keys[:, own] @ q[row, head].double() / math.sqrt(HEAD_DIM)
             parts = [(logits[path].logsumexp(0), logits[path].softmax(0) @ values[path, own])]
             if contexts:
-                cold = logits[contexts] / t
+                cold = logits[contexts] / t + torch.tensor(biases)
                 parts.append((s * t * cold.logsumexp(0), cold.softmax(0) @ values[contexts, own]))
             logs = torch.stack([log for log, _ in parts])
             shares = logs.softmax(0)
@@ -363,7 +373,10 @@ def graph_wrapper(rows: int) -> cascade.ApeCascadeAttentionWrapper:
 
 def of_rows(problem: Problem, rows: int) -> Problem:
     """The problem cut or filled up to so many rows; the rows added have no contexts."""
-    found = [r._replace(rows=[row for row in r.rows if row < rows]) for r in problem.rectangles]
+    found = []
+    for each in problem.rectangles:
+        kept = [(row, b) for row, b in zip(each.rows, each.rows_bias, strict=True) if row < rows]
+        found.append(each._replace(rows=[r for r, _ in kept], bias=[b for _, b in kept]))
     more = rows - len(problem.paths)
     return Problem(
         found,
@@ -406,6 +419,9 @@ def test_the_same_rows_again_plan_the_path_alone(monkeypatch: pytest.MonkeyPatch
         ({"temperature": [0.8, 0.8]}, "1 or 3"),
         ({"contexts_rows": None, "path_groups": None}, "cover 5 and 3 rows"),
         ({"path_groups": torch.tensor([True])}, "2 are needed"),
+        ({"rows_bias": torch.zeros(4)}, r"rows_bias must be fp32 of shape \(5,\)"),
+        ({"rows_bias": torch.zeros(5).double()}, "rows_bias must be fp32"),
+        ({"bias": torch.zeros(230)}, "which have rows_bias"),
     ],
 )
 def test_a_plan_of_rows_that_does_not_fit_says_what_is_wrong(
@@ -423,7 +439,8 @@ def test_a_graph_takes_the_kind_of_plan_that_it_was_captured_with() -> None:
     last = torch.ones(3, dtype=torch.int32)
     changes = {**one_each, "paged_kv_indptr_arr": [kv, kv], "paged_kv_last_page_len": [last, last]}
     with pytest.raises(ValueError, match="contexts_rows"):
-        wrapper.plan(**{**plan_of(PROBLEM), **changes, "contexts_rows": None, "path_groups": None})
+        without = dict.fromkeys(("contexts_rows", "path_groups", "rows_bias"))
+        wrapper.plan(**{**plan_of(PROBLEM), **changes, **without})
 
 
 ##### The work
@@ -445,6 +462,7 @@ def groups(draw: st.DrawFn) -> tuple[Groups, Shape, int]:
         indptr(pages).numpy(),
         np.array(last, np.int32),
         np.array(draw(st.lists(st.booleans(), min_size=len(pages), max_size=len(pages))), bool),
+        -np.arange(sum(map(len, members)), dtype=np.float32),
     )
     return made, shape, draw(st.sampled_from([*fa2.TILES, *fa3.TILES.values()]))
 
@@ -481,6 +499,11 @@ def test_items_cover_every_pair_of_row_and_page_once(given: tuple[Groups, Shape,
             assert all(a[1] == b[0] for a, b in pairwise(chunks))
     lists = [work.state_index[a:b].tolist() for a, b in pairwise(work.state_indptr.tolist())]
     assert sorted(state for own in lists for state in own) == states
+    bias = np.concatenate(
+        [made.bias[slice(*made.qo_indptr[whole : whole + 2])] for whole in work.rectangle]
+        or [made.bias[:0]]
+    )
+    assert work.state_bias.tolist() == bias[work.state_index].tolist()
     in_path = np.repeat(made.in_path[work.rectangle], work.rows)
     for row, own in enumerate(lists):
         assert (work.state_row[own] == row).all()
@@ -507,7 +530,8 @@ def test_work_fits_a_captured_launch_or_says_that_it_does_not(
 
 def one_group(rows: int, pages: int) -> Groups:
     lists = ([0, rows], range(rows), [0, pages], [1])
-    return Groups(*(np.array(x, np.int32) for x in lists), np.zeros(1, bool))
+    zeros = np.zeros(rows, np.float32)
+    return Groups(*(np.array(x, np.int32) for x in lists), np.zeros(1, bool), zeros)
 
 
 def test_work_of_another_tile_does_not_fit() -> None:

@@ -19,7 +19,8 @@ FA2_KEYS = [
     ModuleKey(q, kv, head_dim) for q, head_dim in product(HALVES, HEAD_DIMS) for kv in (q, *FLOAT8)
 ]
 FA3_KEYS = [ModuleKey(q, q, head_dim, "fa3") for q, head_dim in product(HALVES, HEAD_DIMS)]
-KEYS = FA2_KEYS + FA3_KEYS
+BIAS_KEYS = [key._replace(with_bias=True) for key in FA2_KEYS]
+KEYS = FA2_KEYS + FA3_KEYS + BIAS_KEYS
 KEY = ModuleKey(torch.bfloat16, torch.bfloat16, 128)
 
 
@@ -34,7 +35,7 @@ def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setattr(variant, "jit_spec", lambda key: SimpleNamespace(is_aot=False))
-    cached = (cascade.temperature_module, variant.load_module)
+    cached = (cascade.temperature_module, cascade.bias_module, variant.load_module)
     for function in cached:
         function.cache_clear()
     yield
@@ -68,6 +69,7 @@ def test_a_name_is_an_identifier(key: ModuleKey) -> None:
 def test_hoppers_template_takes_keys_of_the_queries_dtype_alone() -> None:
     assert [key.on_hopper for key in FA2_KEYS if key.kv_dtype == key.q_dtype] == FA3_KEYS
     assert not any(key.on_hopper for key in FA2_KEYS if key.kv_dtype in FLOAT8)
+    assert not any(key.on_hopper for key in BIAS_KEYS)
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
@@ -78,6 +80,7 @@ def test_each_template_gets_the_variant_in_its_own_form(
     template, name, *_, source = jit_spec(key)
     assert (template, name) == (key.template, key.name)
     assert ("GetAttentionUpdater" in source) == (key.template == "fa3")
+    assert ("params.bias" in source) == key.with_bias
 
 
 def test_a_prebuilt_module_lies_in_the_named_folder_by_version_and_architecture(
@@ -186,7 +189,16 @@ def test_the_cascade_says_once_that_it_uses_the_stock_kernel(
     assert "flashinfer_ext.prebuild" in record.message
 
 
+def test_the_cascade_has_no_stock_kernel_with_a_bias() -> None:
+    key = KEY._replace(with_bias=True)
+    with pytest.raises(RuntimeError, match=key.name):
+        cascade.bias_module(key)
+
+
 def test_the_cascade_takes_an_available_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variant, "load_module", lambda key: key.name)
     put_prebuilt(KEY)
     assert cascade.temperature_module(KEY) == KEY.name
+    with_bias = KEY._replace(with_bias=True)
+    put_prebuilt(with_bias)
+    assert cascade.bias_module(with_bias) == with_bias.name
