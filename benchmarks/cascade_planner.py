@@ -65,7 +65,7 @@ def _reader(kind: str, request: int) -> Reader:
 
 def _work_list(cover: Cover) -> None:
     last = np.ones(len(cover.kv_indptr) - 1, np.int32)
-    groups = Groups(cover.qo_indptr, cover.rows, cover.kv_indptr, last, cover.is_prefix)
+    groups = Groups(cover.qo_indptr, cover.rows, cover.kv_indptr, last, cover.is_prefix, cover.bias)
     make_work(groups, Shape(REQUESTS, HEADS // KV_HEADS, 1, SLOTS), 128)
 
 

@@ -76,6 +76,13 @@ class ApeSpec:
         return self.context_stops[-1]
 
     @cached_property
+    def lens_and_bias(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int32) and bias (fp32, 0 where there is none) of each context."""
+        count = len(self.context_lens)
+        bias = np.array(self.bias or (0.0,) * count, np.float32)
+        return np.array(self.context_lens, np.int32), bias
+
+    @cached_property
     def hidden_tokens(self) -> int:
         """How much longer the row is than the positions it uses: sum less max of the contexts."""
         return sum(self.context_lens) - max(self.context_lens)

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,20 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper, temperature_module
-from flashinfer_ext.gather import gather_kv_indices
+from flashinfer_ext.gather import gather_kv_indices, spread
 from flashinfer_ext.rectangles import Heads, Kernel
+from flashinfer_ext.reference import LOWEST_BIAS
 from flashinfer_ext.staging import Lists
-from flashinfer_ext.variant import ModuleKey
+from flashinfer_ext.variant import ModuleKey, is_available
 from sglang_ape import metrics
 from sglang_ape.attention.batch import ApeBatch, ape_batch, ape_batch_of_size
-from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
+from sglang_ape.attention.levels import (
+    NO_BIAS,
+    Levels,
+    decode_levels,
+    extend_levels,
+    rectangle_levels,
+)
 from sglang_ape.attention.rectangles import (
     EMPTY_COVER,
     HOPPER_RATES,
@@ -46,15 +54,17 @@ MOST_PREFILL_ROWS = 4096
 
 GRAPH_VARIANT = "ape"
 SHARED_VARIANT = "ape-shared"
+SOFT_VARIANT = "ape-soft"
 
 
 class ApeFlashInferBackend(FlashInferAttnBackend):
     """Batches without an APE request take the stock code and the stock CUDA graphs.
 
     In a batch with one, all rows go through the cascade; plain rows are rows without contexts.
-    Decode steps are captured twice more for such batches, under graph keys of their own: with a
-    group of contexts for each row or run of rows, and with rectangles, where requests share the
-    reading of contexts and that pays.
+    Decode steps are captured three times more for such batches, under graph keys of their own: with
+    a group of contexts for each row or run of rows; the same with a bias for each KV index, where a
+    request has one; and with rectangles, where requests share the reading of contexts and that
+    pays.
     """
 
     def __init__(self, model_runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -71,11 +81,13 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         counted = model_runner.server_args.enable_metrics and model_runner.ps.tp_rank == 0
         self._steps = metrics.decode_steps(model_runner.server_args) if counted else None
         self._eager = ApeCascadeAttentionWrapper(self.workspace_buffer)
-        self._graphs: dict[tuple[int, bool], ApeCascadeAttentionWrapper] = {}  # rows, rectangles
+        self._graphs: dict[tuple[int, str], ApeCascadeAttentionWrapper] = {}  # by rows, variant
+        self._graph_bias: torch.Tensor | None = None
         self._capturing: str | None = None  # the variant
         self._active: ApeCascadeAttentionWrapper | None = None  # None: the stock code's turn
         self._shares_reads = not model_runner.server_args.ape_disable_shared_reads
         self._planner: Planner | None = None  # None: no rectangles
+        self.serves_bias = False  # no stock kernel stands in for the module with a bias
         self._warm_up()
         self._followed: tuple[ApeBatch | None, Cover | None] = (None, None)
 
@@ -92,6 +104,9 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
                 max_num_tokens * width, dtype=torch.int32, device=self.workspace_buffer.device
             )
         super().init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf)
+        if self.serves_bias:
+            indices = self.cuda_graph_kv_indices[0]
+            self._graph_bias = torch.zeros_like(indices, dtype=torch.float32)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         batch = ape_batch(forward_batch.rids)
@@ -116,25 +131,33 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         bs = forward_batch.batch_size
         indices = self.cuda_graph_kv_indices[0]
         if in_capture:
-            cover = EMPTY_COVER if self._capturing == SHARED_VARIANT else None
-            self._graphs[bs, cover is not None] = ApeCascadeAttentionWrapper(
+            assert self._capturing is not None
+            variant = self._capturing
+            cover = EMPTY_COVER if variant == SHARED_VARIANT else None
+            self._graphs[bs, variant] = ApeCascadeAttentionWrapper(
                 self.workspace_buffer,
                 use_cuda_graph=True,
                 batch_size=bs,
                 paged_kv_indices_buffer=indices,
-                rectangles=cover is not None,
+                rectangles=variant == SHARED_VARIANT,
+                bias_buffer=self._graph_bias if variant == SOFT_VARIANT else None,
             )
         else:
-            cover = self.cover_of(ape_batch_of_size(bs - forward_batch.num_padding))
+            announced = ape_batch_of_size(bs - forward_batch.num_padding)
+            assert announced is not None
+            variant, cover = self.variant_of(announced), self.cover_of(announced)
         levels = _levels(batch, forward_batch.seq_lens_cpu[:bs].numpy(), cover)
-        wrapper = self._graphs[bs, cover is not None]
-        self._plan(wrapper, levels, forward_batch.req_pool_indices[:bs], indices)
+        if variant == SOFT_VARIANT and levels.bias is None:
+            levels = levels._replace(bias=NO_BIAS)
+        buffers = indices, self._graph_bias
+        wrapper = self._graphs[bs, variant]
+        self._plan(wrapper, levels, forward_batch.req_pool_indices[:bs], *buffers)
 
     def _prefill_groups(
         self, batch: ApeBatch, starts: Sequence[int], stops: Sequence[int]
     ) -> list[list[int]] | None:
         """Requests of a prefill batch whose queries read equal contexts at once."""
-        if self._planner is None:
+        if self._planner is None or _has_bias(batch):
             return None
         rows, tokens = [], []
         for spec, start, stop in zip(batch.specs, starts, stops, strict=True):
@@ -174,11 +197,18 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
     @property
     def variants(self) -> tuple[str, ...]:
         """The graphs that each batch size is captured as, beside the stock path's."""
-        return (GRAPH_VARIANT,) if self._planner is None else (GRAPH_VARIANT, SHARED_VARIANT)
+        found = [GRAPH_VARIANT]
+        if self.serves_bias:
+            found.append(SOFT_VARIANT)
+        if self._planner is not None:
+            found.append(SHARED_VARIANT)
+        return tuple(found)
 
     def variant_of(self, batch: ApeBatch) -> str:
         """The one that a batch replays."""
-        return GRAPH_VARIANT if self.cover_of(batch) is None else SHARED_VARIANT
+        if self.cover_of(batch) is not None:
+            return SHARED_VARIANT
+        return SOFT_VARIANT if _has_bias(batch) else GRAPH_VARIANT
 
     def capture_all(self, capture: Callable[[str | None], None]) -> None:
         """Capture one batch size on the stock path, then on the cascade in each of its variants."""
@@ -207,16 +237,31 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         levels: Levels,
         req_pool_indices: torch.Tensor,
         indices: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> None:
+        """Plan a wrapper; what it reads goes to ``indices`` and ``bias``, or to new tensors."""
         device = self.workspace_buffer.device
         if indices is None:
             size = int(levels.segment_indptr[-1])
             indices = torch.empty(size, dtype=torch.int32, device=device)
-        lists = Lists([levels.segment_row, levels.segment_start, levels.segment_indptr])
-        row, start, indptr = lists.views(lists.host.to(device, non_blocking=True))
+        given = [levels.segment_row, levels.segment_start, levels.segment_indptr]
+        if levels.bias is not None:
+            given += [_bounded(levels.bias.value).view(np.int32), levels.bias.indptr]
+        lists = Lists(given)
+        row, start, indptr, *of_bias = lists.views(lists.host.to(device, non_blocking=True))
         longest = int(np.diff(levels.segment_indptr).max())
         table = self.req_to_token_pool.req_to_token
         gather_kv_indices(table, req_pool_indices, row, start, indptr, longest, indices)
+        if levels.bias is None:
+            bias = None
+        else:
+            if bias is None:
+                size = int(levels.bias.indptr[-1])
+                bias = torch.empty(size, dtype=torch.float32, device=device)
+            value, indptr = of_bias
+            longest = int(np.diff(levels.bias.indptr).max(initial=0))
+            spread(value.view(torch.float32), indptr, longest, bias)
+        rows_bias = None if levels.rows_bias is None else _bounded(levels.rows_bias)
         wrapper.plan(
             [torch.from_numpy(indptr) for indptr in levels.qo_indptr],
             [torch.from_numpy(indptr) for indptr in levels.kv_indptr],
@@ -226,6 +271,8 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             scale=torch.from_numpy(levels.scale),
             contexts_rows=_tensor(levels.contexts_rows),
             path_groups=_tensor(levels.path_groups),
+            rows_bias=_tensor(rows_bias),
+            bias=bias,
             **self._plan_arguments,
         )
         self._active = wrapper
@@ -261,9 +308,11 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         logger.info("preparing %s (compiled on first use, which takes minutes)", key.name)
         begin = time.perf_counter()
         custom = temperature_module(key) is not None
+        self.serves_bias = custom and is_available(key._replace(with_bias=True))
         if custom and self._shares_reads:
             self._planner = self._make_planner(key)
         spec = ApeSpec(1, (2, 2), 0.9, 0.9, "warm-up")
+        biased = replace(spec, bias=(0.0, -1.0))
         line = torch.zeros(1, dtype=torch.int64, device=self.workspace_buffer.device)
         shape = (3, arguments["num_qo_heads"], arguments["head_dim"])
         q = torch.zeros(shape, dtype=arguments["q_data_type"], device=line.device)
@@ -274,6 +323,14 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         ]
         if self._planner is not None:
             prepared.append(rectangle_levels([spec], np.array([6]), _whole_cover(spec)))
+        if self.serves_bias:
+            prepared.append(extend_levels([biased], [4], [7]))
+        else:
+            logger.warning(
+                "attention module %s cannot be had: no request with a bias of its contexts (soft) "
+                "can be served",
+                key._replace(with_bias=True).name,
+            )
         for levels in prepared:
             self._plan(self._eager, levels, line)
             self._eager.run(q[: levels.qo_indptr[1][-1]], kv)
@@ -294,6 +351,14 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             costs = costs.with_free_sharing()
         logger.info("contexts that requests share are read by %s", kernel.key.name)
         return Planner(costs, sizes.items, sizes.states)
+
+
+def _has_bias(batch: ApeBatch) -> bool:
+    return any(spec.bias for spec in batch.specs if spec)
+
+
+def _bounded(bias: np.ndarray) -> np.ndarray:
+    return np.maximum(bias, np.float32(LOWEST_BIAS))
 
 
 def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
@@ -318,6 +383,7 @@ def _whole_cover(spec: ApeSpec) -> Cover:
         segment_row=bounds[:1],
         segment_start=columns[:1],
         segment_length=columns[1:],
+        bias=np.zeros(1, np.float32),
     )
 
 

@@ -17,6 +17,17 @@ from sglang_ape.attention.rectangles import Cover
 from sglang_ape.spec import ApeSpec
 
 
+class Bias(NamedTuple):
+    """What is added to the logits of contexts, back to back as they stand in the contexts level."""
+
+    value: np.ndarray  # (contexts,) fp32, natural logarithm
+    indptr: np.ndarray  # (contexts + 1,) int32, place among the KV indices
+
+
+NO_BIAS = Bias(np.empty(0, np.float32), np.zeros(1, np.int32))
+"""Of a level without contexts."""
+
+
 class Levels(NamedTuple):
     """Two levels over the new rows of a batch, in batch order.
 
@@ -35,6 +46,8 @@ class Levels(NamedTuple):
     # and scale are then (rows,).
     contexts_rows: np.ndarray | None = None
     path_groups: np.ndarray | None = None  # (groups of the contexts level,) bool: of the paths
+    rows_bias: np.ndarray | None = None  # fp32 like contexts_rows: added to log-sum-exps
+    bias: Bias | None = None  # without contexts_rows; None where no request has any
 
 
 def decode_levels(
@@ -70,6 +83,7 @@ def decode_levels(
         (indptr[: groups + 1], indptr[groups::2] - indptr[groups]),
         np.array([spec.temperature if (spec := specs[i]) else 1 for i in first], np.float32),
         np.array([spec.scale if (spec := specs[i]) else 1 for i in first], np.float32),
+        bias=_bias([specs[i] for i in first]),
     )
 
 
@@ -95,7 +109,16 @@ def rectangle_levels(specs: Sequence[ApeSpec | None], seq_lens: np.ndarray, cove
         np.array([spec.scale if spec else 1 for spec in specs], np.float32),
         cover.rows,
         cover.is_prefix,
+        cover.bias,
     )
+
+
+def _bias(specs: Sequence[ApeSpec | None]) -> Bias | None:
+    """Of the contexts of these requests, which are groups of the contexts level in this order."""
+    if not any(spec and spec.bias for spec in specs):
+        return None
+    lens, bias = zip(*(spec.lens_and_bias for spec in specs if spec), strict=True)
+    return Bias(np.concatenate(bias), _indptr(np.concatenate(lens)))
 
 
 def _bounds(specs: Sequence[ApeSpec | None]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +140,7 @@ def extend_levels(
 
     Args:
         groups: requests whose query rows read the contexts of the first of them, all that have any;
-            None for a group of the contexts level for each request.
+            None for a group of the contexts level for each request. Not for requests with a bias.
     """
     paths = _Level()
     plans: list[RequestPlan | None] = []
@@ -130,6 +153,7 @@ def extend_levels(
         return _with_groups(specs, starts, stops, plans, paths, groups)
     contexts = _Level()
     settings: list[tuple[float, float]] = []  # T and S of each group
+    readers: list[ApeSpec | None] = []
     for request, (plan, start, stop) in enumerate(zip(plans, starts, stops, strict=True)):
         query_start = plan.query_rows[0] if plan and plan.query_rows else stop
         if query_start > start or plan is None:
@@ -138,7 +162,8 @@ def extend_levels(
         if plan and plan.query_rows:
             contexts.add(request, Path(plan.query_rows, (plan.contexts,)))
             settings.append(_settings_of(specs[request]))
-    return _joined(contexts, paths, np.array(settings))
+            readers.append(specs[request])
+    return _joined(contexts, paths, np.array(settings))._replace(bias=_bias(readers))
 
 
 def _with_groups(

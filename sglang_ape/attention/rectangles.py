@@ -9,6 +9,7 @@ between covers (:class:`CostModel`). The design is in ``docs/cascade.md``.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -134,6 +135,8 @@ class Reader:
     lengths: tuple[int, ...]
     start: int  # and so the length of P
     prefix: Hashable = None  # what tells apart the KV of P, None if unknown
+    # Of each key; empty: none. None: one that is not the same all over what is one key here.
+    bias: tuple[float, ...] | None = ()
 
     @classmethod
     def of(
@@ -152,18 +155,22 @@ class Reader:
             prefix: what tells apart the KV of P.
         """
         if contexts is None:
-            return cls((whole,), (sum(spec.context_lens),), spec.prefix_len, prefix)
+            bias = None if spec.bias else ()
+            return cls((whole,), (sum(spec.context_lens),), spec.prefix_len, prefix, bias)
         # A context that is given twice counts twice.
         seen: dict[Hashable, int] = {}
         keys = []
         for context in contexts:
             occurrence = seen[context] = seen.get(context, -1) + 1
             keys.append((spec.temperature, context, occurrence))
-        return cls(tuple(keys), spec.context_lens, spec.prefix_len, prefix)
+        return cls(tuple(keys), spec.context_lens, spec.prefix_len, prefix, spec.bias)
 
     @cached_property
     def whole(self) -> frozenset[Hashable]:
-        return frozenset(self.keys)
+        """Equal for readers that one group of the launches without rectangles can serve."""
+        if not self.bias:
+            return frozenset(self.keys)
+        return frozenset(zip(self.keys, self.bias, strict=True))
 
     @cached_property
     def tokens(self) -> int:
@@ -172,6 +179,9 @@ class Reader:
     @cached_property
     def place(self) -> dict[Hashable, int]:
         return {key: i for i, key in enumerate(self.keys)}
+
+    def bias_of(self, key: Hashable) -> float:
+        return self.bias[self.place[key]] if self.bias else 0.0
 
     def runs(self, keys: Sequence[Hashable]) -> list[tuple[int, int]]:
         """Columns ``(start, length)`` of these contexts, neighbours as one run."""
@@ -195,7 +205,8 @@ class Cover(NamedTuple):
     """Rectangles over a batch; int32 arrays. Rows are indices of the batch.
 
     Segments are runs of page-table columns; those of a rectangle stand one after the other. A
-    rectangle is of contexts, or of one P, which its rows then lack in their paths.
+    rectangle is of contexts, or of one P, which its rows then lack in their paths. A bias is of
+    contexts (natural logarithm), and 0 for a P.
     """
 
     qo_indptr: np.ndarray  # (rectangles + 1,) into ``rows``
@@ -205,6 +216,7 @@ class Cover(NamedTuple):
     segment_row: np.ndarray  # (segments,) whose line of the page table
     segment_start: np.ndarray  # (segments,) first column
     segment_length: np.ndarray  # (segments,)
+    bias: np.ndarray  # (virtual rows,) fp32: of all that the row reads in this rectangle
     seconds: float  # of one layer, by the model
     seconds_apart: float  # the same without rectangles
 
@@ -218,6 +230,7 @@ EMPTY_COVER = Cover(
     segment_row=_NOTHING,
     segment_start=_NOTHING,
     segment_length=_NOTHING,
+    bias=np.empty(0, np.float32),
     seconds=0.0,
     seconds_apart=0.0,
 )
@@ -229,6 +242,13 @@ class _Class:
 
     keys: dict[Hashable, int] = field(default_factory=dict)  # the tokens of each
     tokens: int = 0
+
+
+class _Piece(NamedTuple):
+    """A rectangle: contexts that have one bias for each member."""
+
+    members: int
+    keys: list[Hashable]
 
 
 @dataclass
@@ -258,6 +278,7 @@ class Planner:
         self._classes: dict[int, _Class] = {}  # by members
         self._sets: dict[frozenset[Hashable], _Set] = {}
         self._prefixes: dict[tuple[Hashable, int], int] = {}  # members of each P and its length
+        self._biased = 0  # members whose contexts have a bias
         self._batch: list[Reader | None] = []
         self._cover: Cover | None = None
 
@@ -267,6 +288,8 @@ class Planner:
         self._slots[reader] = slot
         self._sets.setdefault(reader.whole, _Set(reader.tokens)).requests += 1
         self._toggle(reader, slot)
+        if reader.bias:
+            self._biased |= 1 << slot
         if reader.prefix is not None:
             prefix = reader.prefix, reader.start
             self._prefixes[prefix] = self._prefixes.get(prefix, 0) | 1 << slot
@@ -280,6 +303,7 @@ class Planner:
         if found.requests == 0:
             del self._sets[reader.whole]
         self._toggle(reader, slot)
+        self._biased &= ~(1 << slot)
         if reader.prefix is not None:
             prefix = reader.prefix, reader.start
             self._prefixes[prefix] &= ~(1 << slot)
@@ -338,7 +362,7 @@ class Planner:
         new.tokens += sum(keys.values())
 
     def _find(self) -> Cover | None:
-        if len(self._slots) < 2:
+        if len(self._slots) < 2 or any(reader.bias is None for reader in self._slots):
             return None
         apart = self._seconds_apart()
         prefixes = self._shared_prefixes()
@@ -349,10 +373,16 @@ class Planner:
             return None
         rectangles = self._dissolved()
         seconds = self._seconds(rectangles) - gain
-        members = [*rectangles, *(self._prefixes[prefix] for prefix in prefixes)]
-        if seconds >= apart or not self._fits(members):
+        if seconds >= apart:
             return None
-        return self._emit(rectangles, list(prefixes), seconds, apart)
+        pieces = self._cut_by_bias(rectangles)
+        counts = Counter(piece.members for piece in pieces)
+        seconds += sum((n - 1) * self._cost_of_a_cut(members) for members, n in counts.items())
+        every = [piece.members for piece in pieces]
+        every += [self._prefixes[prefix] for prefix in prefixes]
+        if seconds >= apart or not self._fits(every):
+            return None
+        return self._emit(pieces, list(prefixes), seconds, apart)
 
     def _shared_prefixes(self) -> dict[tuple[Hashable, int], float]:
         """Each P that pays to be read once, and what that saves; else it stays in the paths."""
@@ -378,7 +408,7 @@ class Planner:
         found = {members: [members] for members in self._classes}
         for members, own in sorted(self._classes.items(), key=lambda c: (c[1].tokens, c[0])):
             rows = members.bit_count()
-            if rows == 1 or len(found[members]) > 1:
+            if rows == 1 or len(found[members]) > 1 or members & self._biased:
                 continue
             if own.tokens * self.costs.again >= self.costs.rectangle(rows, 0, 0):
                 continue  # even one tile more would cost what the rectangle does
@@ -425,33 +455,52 @@ class Planner:
             seconds += self.costs.rectangle(members.bit_count(), fresh, repeated)
         return seconds
 
+    def _cut_by_bias(self, rectangles: dict[int, list[int]]) -> list[_Piece]:
+        """The rectangles, each as many as its contexts have different biases for its members."""
+        biased = [(1 << slot, reader) for reader, slot in self._slots.items() if reader.bias]
+        pieces = []
+        for members, classes in rectangles.items():
+            keys = [key for c in classes for key in self._classes[c].keys]
+            groups = [keys]
+            for bit, reader in biased:
+                if members & bit:
+                    groups = [part for group in groups for part in _parts(group, reader)]
+                if len(groups) == len(keys):
+                    break
+            pieces += [_Piece(members, group) for group in groups]
+        return pieces
+
+    def _cost_of_a_cut(self, members: int) -> float:
+        return self.costs.rectangle(members.bit_count(), 0, 0)
+
     def _fits(self, rectangles: Iterable[int]) -> bool:
         rows = [members.bit_count() for members in rectangles]
         return sum(rows) <= self._states and sum(map(self.costs.tiles, rows)) <= self._items
 
     def _emit(
         self,
-        rectangles: dict[int, list[int]],
+        pieces: list[_Piece],
         prefixes: list[tuple[Hashable, int]],
         seconds: float,
         apart: float,
     ) -> Cover:
         rows = [row for row, reader in enumerate(self._batch) if reader is not None]
         slots = [self._slots[reader] for reader in self._batch if reader is not None]
-        members = [*rectangles, *(self._prefixes[prefix] for prefix in prefixes)]
+        members = [piece.members for piece in pieces]
+        members += [self._prefixes[prefix] for prefix in prefixes]
         is_member = _bits(members, len(self._slots) + len(self._free))[:, slots]
         which, column = np.nonzero(is_member)
         lens = np.bincount(which, minlength=len(members))
         virtual = np.array(rows, np.int32)[column]
         leaders = virtual[np.cumsum(lens) - lens].tolist()
         kv_lens, segments = [], []
-        for row, classes in zip(leaders, rectangles.values(), strict=False):
+        for row, piece in zip(leaders, pieces, strict=False):
             leader = self._batch[row]
             assert leader is not None
-            runs = leader.runs([key for c in classes for key in self._classes[c].keys])
+            runs = leader.runs(piece.keys)
             kv_lens.append(sum(length for _, length in runs))
             segments += [(row, *run) for run in runs]
-        for row, (_, length) in zip(leaders[len(rectangles) :], prefixes, strict=True):
+        for row, (_, length) in zip(leaders[len(pieces) :], prefixes, strict=True):
             kv_lens.append(length)
             segments.append((row, 0, length))
         segment_row, starts, lengths = np.ascontiguousarray(np.array(segments, np.int32).T)
@@ -459,13 +508,36 @@ class Planner:
             qo_indptr=_indptr(lens),
             rows=virtual,
             kv_indptr=_indptr(kv_lens),
-            is_prefix=np.arange(len(members)) >= len(rectangles),
+            is_prefix=np.arange(len(members)) >= len(pieces),
             segment_row=segment_row,
             segment_start=starts,
             segment_length=lengths,
+            bias=self._bias_of(pieces, virtual, lens),
             seconds=seconds,
             seconds_apart=apart,
         )
+
+    def _bias_of(self, pieces: list[_Piece], virtual: np.ndarray, lens: np.ndarray) -> np.ndarray:
+        bias = np.zeros(len(virtual), np.float32)
+        if not self._biased:
+            return bias
+        ends = np.cumsum(lens).tolist()
+        for piece, length, end in zip(pieces, lens.tolist(), ends, strict=False):
+            for place in range(end - length, end):
+                reader = self._batch[virtual[place]]
+                assert reader is not None
+                bias[place] = reader.bias_of(piece.keys[0])
+        return bias
+
+
+def _parts(keys: list[Hashable], reader: Reader) -> Iterable[list[Hashable]]:
+    """Those of one bias for this reader."""
+    if len(keys) == 1:
+        return [keys]
+    parts: dict[float, list[Hashable]] = {}
+    for key in keys:
+        parts.setdefault(reader.bias_of(key), []).append(key)
+    return parts.values()
 
 
 def prefill_groups(

@@ -1,6 +1,7 @@
 """What the hook on ``ForwardBatch.init_new`` leaves for the attention backend of the same step."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,6 +152,17 @@ def test_without_a_tree_the_whole_set_is_one_context() -> None:
     requests = make_request("a", SPEC), make_request("b", SPEC, extra_key="tenant")
     first, second = readers_of(*requests)
     assert first.keys == ((None, SPEC.namespace),) != second.keys
+
+
+def test_a_reader_has_the_bias_of_each_context_where_they_are_known() -> None:
+    biased = replace(SPEC, bias=(0.0, -2.5))
+    (known,) = readers_of(stored(make_request("a", biased), object(), object()))
+    assert known.bias == biased.bias
+    assert [known.bias_of(key) for key in known.keys] == [0.0, -2.5]
+    (unknown,) = readers_of(make_request("b", biased))
+    assert unknown.bias is None
+    (plain,) = readers_of(make_request("c", SPEC))
+    assert plain.bias == ()
 
 
 def test_prefill_needs_no_readers() -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,12 +22,18 @@ COSTS = CostModel.of(32, 8, 128, 2, 128, Rates(prefix=1e-6, launch=3e-6))
 EAGER = COSTS.with_free_sharing()
 DEAR_STATES = CostModel(1000, 10_000, 4, 0, 128, Rates(memory=1e12, cache=2e12, launch=0.0))
 MODELS = [COSTS, EAGER, DEAR_STATES]
+CUTS_ARE_DEAR = CostModel.of(32, 8, 128, 2, 128, Rates(rectangle=5e-6, launch=0.0))
 
 
-def reader(names: Sequence[str], temperature: float = 0.9, prefix: int = 3) -> Reader:
+def reader(
+    names: Sequence[str],
+    temperature: float = 0.9,
+    prefix: int = 3,
+    bias: Sequence[float] = (),
+) -> Reader:
     """P is told apart by its length."""
     lens = tuple(LENGTHS[name] for name in names)
-    spec = ApeSpec(prefix, lens, temperature, 0.9, "any")
+    spec = ApeSpec(prefix, lens, temperature, 0.9, "any", tuple(bias[: len(names)]))
     return Reader.of(spec, list(names), "whole", "P" if prefix else None)
 
 
@@ -35,6 +42,7 @@ readers = st.builds(
     st.lists(st.sampled_from(list(LENGTHS)), min_size=1, max_size=8),
     st.sampled_from([0.9, 1.0]),
     st.sampled_from([0, 1, 5, 2000]),
+    st.one_of(st.just(()), st.lists(st.sampled_from([0.0, -1.0, -7.5]), min_size=8, max_size=8)),
 )
 rows_of_batch = st.lists(st.one_of(st.none(), readers), min_size=1, max_size=12)
 
@@ -67,11 +75,13 @@ def assert_covers(cover: Cover, batch: Sequence[Reader | None]) -> None:
     )
     with_prefix: list[int] = []
     for (first, stop), (kv_start, kv_stop), is_prefix in rectangles:
+        bias = cover.bias[first:stop].tolist()
         members = cover.rows[first:stop].tolist()
         assert members == sorted(set(members)) and members
         if is_prefix:
             owners = {(o.prefix, o.start) for row in members if (o := batch[row])}
             assert owners == {("P", kv_stop - kv_start)} and len(members) > 1
+            assert not any(bias)
             (row,) = (s for s, end in zip(segments, ends, strict=True) if end == kv_stop)
             assert row[0] in members and row[1:] == (0, kv_stop - kv_start)
             with_prefix += members
@@ -82,8 +92,11 @@ def assert_covers(cover: Cover, batch: Sequence[Reader | None]) -> None:
                 owner = batch[row]
                 assert row in members and owner is not None
                 keys += keys_at(owner, start, length)
-        for row in members:
+        for row, own_bias in zip(members, bias, strict=True):
             found[row].update(keys)
+            owner = batch[row]
+            assert owner is not None
+            assert {owner.bias_of(key) for key in keys} == {own_bias}
     assert len(with_prefix) == len(set(with_prefix)), "a row reads its P twice"
     for row, wanted in enumerate(batch):
         assert found[row] == Counter(wanted.keys if wanted else ())
@@ -95,6 +108,7 @@ def assert_good(cover: Cover | None, batch: Sequence[Reader | None]) -> None:
         assert_covers(cover, batch)
         for name, array in zip(cover._fields[:7], cover[:7], strict=True):
             assert array.dtype == (np.bool_ if name == "is_prefix" else np.int32)
+        assert (cover.bias.dtype, cover.bias.shape) == (np.float32, cover.rows.shape)
 
 
 @settings(deadline=None)
@@ -119,7 +133,13 @@ class Server(RuleBasedStateMachine):
 
     @rule(new=readers, copies=st.integers(2, 6))
     def join_over_one_set(self, new: Reader, copies: int) -> None:
-        self.batch += [Reader(new.keys, new.lengths, new.start, new.prefix) for _ in range(copies)]
+        self.batch += [replace(new) for _ in range(copies)]
+
+    @rule(new=readers, copies=st.integers(2, 6))
+    def join_over_one_set_with_any_bias(self, new: Reader, copies: int) -> None:
+        count = len(new.keys)
+        biases = [tuple(-float(i * k % 3) for k in range(count)) for i in range(copies)]
+        self.batch += [replace(new, bias=bias) for bias in biases]
 
     @rule()
     def join_without_contexts(self) -> None:
@@ -213,6 +233,59 @@ def test_temperatures_are_not_mixed() -> None:
 def test_a_context_given_twice_counts_twice() -> None:
     batch = [reader(["d", "d", "c"]) for _ in range(9)] + [reader(["d"]) for _ in range(9)]
     assert shape_of(planner().follow(batch)) == [(9, 5900), (18, 5000)]
+
+
+def test_a_biased_set_is_cut_into_contexts_of_equal_bias() -> None:
+    batch = [reader(["c", "d", "f"], prefix=0, bias=[0.0, 0.0, -2.0]) for _ in range(9)]
+    batch += [reader(["f", "d", "c"], prefix=0) for _ in range(9)]
+    assert shape_of(planner(EAGER).follow(batch)) == [(18, 1200), (18, 5900)]
+    batch.append(reader(["d", "c", "f"], prefix=0, bias=[0.0, -1.0, -2.0]))
+    assert shape_of(planner(EAGER).follow(batch)) == [(19, 900), (19, 1200), (19, 5000)]
+    plain = [reader(["c", "d", "f"], prefix=0, bias=[0.0] * 3) for _ in range(9)]
+    assert shape_of(planner(EAGER).follow(plain)) == [(9, 7100)]
+
+
+def test_rectangles_of_a_bias_count_where_they_do_not_fit() -> None:
+    batch = [reader(["c", "d", "f"], prefix=0, bias=[0.0, -1.0, -2.0]) for _ in range(9)]
+    assert planner(EAGER, items=3, states=27).follow(batch) is not None
+    assert planner(EAGER, items=2, states=27).follow(batch) is None
+    assert planner(EAGER, items=3, states=26).follow(batch) is None
+
+
+def test_a_biased_set_that_costs_more_in_pieces_stays_apart() -> None:
+    names = ["d", *"abceg"]
+    for bias, shared in (((), True), ((0.0, -1.0, -2.0, -3.0, -4.0, -5.0), False)):
+        batch = [reader(names, bias=bias) for _ in range(24)]
+        assert (planner(CUTS_ARE_DEAR).follow(batch) is not None) == shared
+
+
+def test_a_short_biased_context_is_not_moved_to_a_rectangle_of_another_bias() -> None:
+    bias = [0.0, -1.0]
+    batch = [reader(["a", "d"], bias=bias) for _ in range(8)] + [
+        reader(["a", "f"]) for _ in range(8)
+    ]
+    cover = planner(DEAR_STATES).follow(batch)
+    assert_good(cover, batch)
+
+
+def test_a_bias_over_contexts_that_are_not_known_keeps_the_batch_apart() -> None:
+    spec = ApeSpec(2, (900, 5000), 0.9, 0.9, "x", (0.0, -1.0))
+    batch = [Reader.of(spec, None, "x") for _ in range(18)]
+    batch += [reader(["d"]) for _ in range(18)]
+    assert planner().follow(batch) is None
+    assert planner().follow(batch[18:]) is not None
+
+
+def test_requests_of_different_bias_read_apart_each_for_itself() -> None:
+    """So that sharing pays sooner: neighbours are one group only where their bias is equal."""
+    equal = [reader(["d"], bias=[0.0]) for _ in range(4)]
+    assert planner().follow(equal) is None
+    names = ["c", "d", "f"]
+    different = [reader(names, bias=[0.0, -float(i), -1.0 - i]) for i in range(1, 5)]
+    alike = [reader(names, bias=[0.0, -1.0, -2.0]) for _ in range(4)]
+    assert planner().follow(alike) is None
+    cover = planner().follow(different)
+    assert cover is not None and len(cover.rows) == 12
 
 
 def test_sets_whose_contexts_are_not_known_are_shared_whole() -> None:

@@ -25,12 +25,14 @@ Columns = list[int]
 def specs(draw: Any) -> ApeSpec | None:
     if draw(st.booleans()):
         return None
+    lens = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=5)))
     return ApeSpec(
         draw(st.integers(0, 5)),
-        tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))),
+        lens,
         draw(st.sampled_from([0.5, 0.9, 1.0])),
         draw(st.sampled_from([0.0, 0.9, 1.0])),
         "set",
+        draw(st.sampled_from([(), tuple(-float(i) for i in range(len(lens)))])),
     )
 
 
@@ -85,6 +87,25 @@ def _visible(levels: Levels) -> list[tuple[int, Columns, Columns, float, float]]
     return [(*path, *group) for path, group in zip(paths, contexts, strict=True)]
 
 
+def _assert_biases_are_those_of_the_columns(
+    levels: Levels, specs: list[ApeSpec | None], readers: list[int]
+) -> None:
+    """``readers``: requests whose contexts are in the contexts level."""
+    if levels.bias is None:
+        assert not any(spec.bias for i in readers if (spec := specs[i]))
+        return
+    value, indptr = levels.bias
+    assert (value.dtype, indptr.dtype) == (np.float32, np.int32)
+    spread = np.repeat(value, np.diff(indptr)).tolist()
+    columns = [column for _, group in _groups(levels, 0) for column in group]
+    assert len(spread) == len(columns)
+    for bias, (request, column) in zip(spread, columns, strict=True):
+        spec = specs[request]
+        assert spec is not None
+        (own,) = spec.context_segments(column, column + 1)
+        assert bias == (spec.bias[own.context] if spec.bias else 0)
+
+
 def _expected(spec: ApeSpec | None, row: int) -> tuple[Columns, Columns]:
     if spec is None or row < spec.prefix_len:
         return list(range(row + 1)), []
@@ -115,7 +136,10 @@ def _assert_as_the_formula_says(
 @given(batches(decoding=False))
 def test_new_rows_read_their_own_past_and_the_query_all_contexts(batch: Any) -> None:
     specs, starts, stops = (list(column) for column in zip(*batch, strict=True))
-    _assert_as_the_formula_says(extend_levels(specs, starts, stops), batch)
+    levels = extend_levels(specs, starts, stops)
+    _assert_as_the_formula_says(levels, batch)
+    readers = [i for i, (spec, _, stop) in enumerate(batch) if spec and stop > spec.context_end]
+    _assert_biases_are_those_of_the_columns(levels, specs, readers)
 
 
 @given(batches(decoding=True))
@@ -123,6 +147,7 @@ def test_decoding_is_extending_by_one_row(batch: Any) -> None:
     specs, starts, stops = (list(column) for column in zip(*batch, strict=True))
     levels = decode_levels(specs, np.array(stops), list(range(len(batch))))
     _assert_as_the_formula_says(levels, batch)
+    _assert_biases_are_those_of_the_columns(levels, specs, list(range(len(specs))))
     assert all(len(indptr) == len(batch) + 1 for indptr in levels.qo_indptr)
     extended = extend_levels(specs, starts, stops)
     for ours, theirs in zip(levels.kv_indptr, extended.kv_indptr, strict=True):
@@ -141,6 +166,7 @@ def test_neighbours_over_one_set_of_contexts_read_it_once(batch: Any, copies: li
         assert (path, contexts) == _expected(spec, stop - 1)
     read = sum(sum(spec.context_lens) for spec, _, _ in batch if spec)
     assert levels.kv_indptr[0][-1] == read
+    _assert_biases_are_those_of_the_columns(levels, specs, list(range(len(specs))))
     assert levels.qo_indptr[1].tolist() == list(range(len(specs) + 1))
 
 
@@ -190,6 +216,7 @@ def test_rectangles_send_every_row_to_its_contexts_and_its_path(given: Any, padd
     levels = rectangle_levels(padded, np.array(stops + [1] * padding), cover)
     assert levels.contexts_rows is cover.rows
     assert levels.path_groups is cover.is_prefix
+    assert levels.rows_bias is cover.bias and levels.bias is None
     seen: list[list[str]] = [[] for _ in padded]
     prefix_elsewhere = [0] * len(padded)
     places = iter(levels.contexts_rows.tolist())
