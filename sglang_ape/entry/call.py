@@ -100,8 +100,8 @@ def parse_call(
     """Check the APE fields of a call.
 
     Args:
-        fields: the body or keyword arguments; keys other than :data:`FIELDS` are not looked at,
-            and None counts as not given.
+        fields: the body or keyword arguments; of keys other than :data:`FIELDS`, only the queries
+            are looked at, to be counted. None counts as not given.
         door: where the call came in; in a chat, P comes from the messages.
         max_contexts: that each request may have.
 
@@ -124,7 +124,9 @@ def parse_call(
         raise ApeRequestError(f"contexts must be a list, got {_kind(contexts)}", "contexts")
     if not contexts:
         raise ApeRequestError("contexts must not be empty", "contexts")
-    if not isinstance(contexts[0], list | tuple):
+    is_batch = isinstance(contexts[0], list | tuple)
+    _check_count(fields, door, len(contexts) if is_batch else None)
+    if not is_batch:
         item = _parse_item(fields, contexts, None, max_contexts)
         return ApeCall([item], batched=False, door=door)
     items = []
@@ -137,6 +139,23 @@ def parse_call(
             )
         items.append(_parse_item(fields, own, i, max_contexts))
     return ApeCall(items, batched=True, door=door)
+
+
+def _check_count(fields: Mapping[str, Any], door: Door, lists: int | None) -> None:
+    """Refuse another number of lists than of queries before any of them is parsed or tokenised.
+
+    Queries that are not among the fields, as in the Engine, are counted when the call is applied.
+    """
+    queries = fields.get(door.text) or fields.get(door.ids)
+    if not queries:
+        return
+    is_batch = not door.chat and isinstance(queries, list) and isinstance(queries[0], str | list)
+    count = len(queries) if is_batch else 1
+    if (lists is not None and not is_batch) or (lists or 1) != count:
+        name = door.text if fields.get(door.text) else door.ids
+        wanted = f"{count} lists of contexts" if is_batch else "one list of contexts"
+        got = "one list" if lists is None else f"{lists} lists"
+        raise ApeRequestError(f"{name} needs {wanted}, got {got}", "contexts")
 
 
 def _parse_item(

@@ -332,6 +332,44 @@ def test_a_batch_has_one_item_a_request() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "door"),
+    [
+        ({"text": "q", "contexts": [["a"]]}, NATIVE),
+        ({"text": "q", "contexts": [["a"], ["b"]]}, NATIVE),
+        ({"text": ["q", "r"], "contexts": ["a"]}, NATIVE),
+        ({"text": ["q", "r"], "contexts": [["a"]]}, NATIVE),
+        ({"input_ids": [1, 2], "contexts": [["a"], ["b"]]}, NATIVE),
+        ({"input_ids": [[1], [2]], "contexts": [["a"], ["b"], ["c"]]}, NATIVE),
+        ({"prompt": [1, 2, 3], "contexts": [["a"]]}, COMPLETIONS),
+        ({"prompt": ["q", "r"], "contexts": ["a", "b"]}, COMPLETIONS),
+        ({"messages": [{"role": "user", "content": "q"}], "contexts": [["a"]]}, CHAT),
+    ],
+)
+def test_queries_and_lists_of_contexts_are_as_many(fields: dict[str, Any], door: Door) -> None:
+    assert_refused(fields, "contexts", door)
+
+
+@pytest.mark.parametrize(
+    ("fields", "door"),
+    [
+        ({"text": ["q", "r"], "contexts": [["a"], ["b"]]}, NATIVE),
+        ({"text": ["q"], "contexts": ["a"]}, NATIVE),
+        ({"input_ids": [1, 2], "contexts": ["a", "b", "c"]}, NATIVE),
+        ({"prompt": [[1], [2, 3]], "contexts": [["a"], ["b"]]}, COMPLETIONS),
+        ({"messages": ["q", "r"], "contexts": ["a"]}, CHAT),  # refused by its own name later
+    ],
+)
+def test_as_many_lists_as_queries_are_taken(fields: dict[str, Any], door: Door) -> None:
+    parse(fields, door)
+
+
+def test_a_batch_of_the_wrong_length_is_refused_before_its_contexts_are_looked_at() -> None:
+    error = refusal({"text": ["q", "r"], "contexts": [[7]] * 1_000_000})
+    assert str(error) == "text needs 2 lists of contexts, got 1000000 lists"
+    assert error.param == "contexts"
+
+
 def test_one_prefix_and_one_ape_hold_for_the_whole_batch() -> None:
     fields = {"contexts": [["a"], ["b"]], "prefix": "P", "ape": {"scale": 0.5}}
     for item in parse(fields).items:

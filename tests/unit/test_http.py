@@ -405,14 +405,18 @@ def test_a_body_beyond_the_limit_gets_413(recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("contexts", "field"), [(["a"] * 4, "contexts"), ([["a"], ["a"] * 4], "contexts[1]")]
+    ("fields", "field"),
+    [
+        ({"contexts": ["a"] * 4}, "contexts"),
+        ({"contexts": [["a"], ["a"] * 4], "text": ["q", "r"]}, "contexts[1]"),
+    ],
 )
 def test_more_contexts_than_allowed_are_refused_with_both_numbers(
-    recorder: Recorder, contexts: list[Any], field: str
+    recorder: Recorder, fields: dict[str, Any], field: str
 ) -> None:
     client = TestClient(build_app(recorder, make_entry(contexts=3)))
     assert client.post("/generate", json=request_body("/generate")).status_code == 200
-    response = client.post("/generate", json=request_body("/generate", contexts=contexts))
+    response = client.post("/generate", json=request_body("/generate", **fields))
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["param"] == field
