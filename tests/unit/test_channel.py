@@ -28,8 +28,8 @@ from sglang_ape.store.channel import (
     SchedulerChannel,
     answer_messages,
 )
+from tests.support.tree import A, B, Host, P, plain
 from tests.unit.test_pins import cached, evict_all, few_threads, host, structure
-from tests.unit.test_tree import A, B, Host, P, plain
 
 __all__ = ["few_threads", "host"]  # fixtures
 

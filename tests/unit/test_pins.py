@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from tests.support.oracle import one_thread
-from tests.unit.test_tree import CONTEXTS, PREFIXES, A, B, C, Host, P, Q, ape, plain, tokens_of
+from tests.support.tree import CONTEXTS, PREFIXES, A, B, C, Host, P, Q, ape, plain, tokens_of
 
 Store = Callable[[Host], object]
 

@@ -28,11 +28,11 @@ from sglang_ape.store.contexts import ContextStore, Tenant
 from sglang_ape.store.register import Registered, Registry
 from sglang_ape.store.routes import add_routes, chat_renderer
 from sglang_ape.store.service import ContextService
+from tests.support.tree import A, B, C, Host, P, ape, plain
 from tests.unit.test_channel import Manager, few_threads, run
 from tests.unit.test_expand import DEFAULTS, CharTokenizer
 from tests.unit.test_pins import Evictions, cached, evict_all, flush
 from tests.unit.test_store import ANYONE, TENANTS, ids, make_store
-from tests.unit.test_tree import A, B, C, Host, P, ape, plain
 
 __all__ = ["few_threads"]  # a fixture
 

@@ -14,9 +14,7 @@ import pytest
 
 from tests.support.oracle import one_thread
 from tests.support.tree import (
-    CONTEXTS,
     POOL,
-    PREFIXES,
     A,
     B,
     C,
@@ -28,8 +26,6 @@ from tests.support.tree import (
     plain,
     tokens_of,
 )
-
-__all__ = ["CONTEXTS", "PREFIXES"]  # for test_pins.py
 
 
 @pytest.fixture(scope="module", autouse=True)
