@@ -3,7 +3,9 @@
 Requests with contexts and plain ones are mixed; many are aborted, or their clients disconnect at
 some stage; the pool holds a fraction of the contexts, SGLang retracts requests all the time, and
 contexts are registered, pinned and deleted beside. Every completed answer is compared with the
-oracle's, and what was received of a cut one with its beginning. At the end nothing may be left:
+oracle's, and what was received of a cut one with its beginning. Requests belong to three tenants
+with the same texts; again and again a new one comes, asks what they ask, and must find neither
+their ids nor anything in the cache. At the end nothing may be left:
 
 - KV slots and locks: the server is idle with nothing used, after all pins were deleted, and its
   cache can be flushed.
@@ -196,6 +198,7 @@ class _Soak:
             beside = [
                 asyncio.create_task(clients.register_for_ever(rng)),
                 asyncio.create_task(clients.forget_for_ever(rng)),
+                asyncio.create_task(clients.visit_for_ever(rng, self._jobs)),
             ]
             if memory is not None:
                 beside.append(asyncio.create_task(_sample(memory)))

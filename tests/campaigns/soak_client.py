@@ -4,14 +4,15 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
 
-from tests.campaigns.soak_jobs import Corpus, Ids, Place
+from tests.campaigns.soak_jobs import TENANTS, Corpus, Ids, Job, Place
 from tests.campaigns.soak_requests import (
     Answer,
     Ask,
@@ -22,6 +23,8 @@ from tests.campaigns.soak_requests import (
 )
 
 HANG_SECONDS = 120
+
+VISIT_TOKENS = 4  # that a new tenant is answered
 
 _ABORTED_EARLY = "aborted before the first token"
 _ABORTED_LATE = "aborted after some tokens"
@@ -222,7 +225,7 @@ class Clients:
     # ------------------------------------------------------------ beside them
 
     async def register(self, places: list[Place], pin: bool) -> None:
-        """Register documents after one prefix."""
+        """Register documents of one tenant after one prefix."""
         begun = self.presence.now()
         response = await self._session.post("/ape/contexts", json=self._registration(places, pin))
         if pin and response.status_code == 507 and response.json()["error"]["param"] == "pin":
@@ -245,7 +248,9 @@ class Clients:
         while True:
             prefix = rng.randrange(len(self._corpus.prefixes))
             numbers = rng.sample(range(len(self._corpus.documents)), k=rng.randint(1, 4))
-            call = self.register([(prefix, number) for number in numbers], rng.random() < 0.4)
+            tenant = rng.choice(TENANTS)
+            places = [Place(tenant, prefix, number) for number in numbers]
+            call = self.register(places, rng.random() < 0.4)
             leaves = 0.2 * rng.random() if rng.random() < 0.2 else None
             try:
                 await asyncio.wait_for(call, leaves)
@@ -283,6 +288,49 @@ class Clients:
             for context in listed:
                 await self._session.delete(f"/ape/contexts/{context['id']}")
 
+    # ------------------------------------------------------------ new tenants
+
+    async def visit_for_ever(self, rng: random.Random, jobs: Sequence[Job]) -> None:
+        """Ask under one new key after the other what the other tenants ask."""
+        room = self._pool.usable - self._pool.max_pinned - VISIT_TOKENS
+        fitting = [
+            job
+            for job in jobs
+            if job.prompt_tokens(self._corpus) <= room and self._shares_nothing_with_itself(job)
+        ]
+        for number in count():
+            await self.visit(rng.choice(fitting), f"visitor {number}")
+            await asyncio.sleep(0.5 * rng.random())
+
+    async def visit(self, job: Job, tenant: str) -> None:
+        """Nobody has heard of the tenant: ids of others are unknown to it, nothing is cached."""
+        sampling = {"temperature": 0, "max_new_tokens": VISIT_TOKENS, "ignore_eos": True}
+        body: dict[str, Any] = {
+            "extra_key": tenant,
+            "input_ids": job.query,
+            "sampling_params": sampling,
+        }
+        if job.documents:
+            body["ape"] = {"temperature": job.temperature, "scale": job.scale}
+            ids = [{"id": self._ids[place]} for place in job.places(None)]
+            response = await self._session.post("/generate", json={**body, "contexts": ids})
+            if response.status_code != 400 or "contexts[0].id" not in response.text:
+                self.faults.append(f"{tenant} is given {ids[0]} of others: {response.text}")
+            body["prefix_ids"] = self._corpus.prefixes[job.prefix]
+            body["contexts"] = [{"input_ids": self._corpus.documents[d]} for d in job.documents]
+            self.beside["new tenant: ids of others are unknown"] += 1
+        response = await self._session.post("/generate", json=body)
+        reply = response.json()
+        if response.status_code != 200 or reply["output_ids"] != job.tokens[:VISIT_TOKENS]:
+            self.faults.append(f"{tenant} asks {body} and is answered {reply}")
+        elif reply["meta_info"]["cached_tokens"]:
+            self.faults.append(f"{tenant} finds KV of others: {reply['meta_info']}, by {body}")
+        self.beside["new tenant: nothing is cached, the answer is equal"] += 1
+
+    def _shares_nothing_with_itself(self, job: Job) -> bool:
+        """Whether no two of its contexts begin with the same token."""
+        return len({self._corpus.documents[d][0] for d in job.documents}) == len(job.documents)
+
     async def _listed(self) -> list[dict[str, Any]]:
         response = await self._session.get("/ape/contexts", params={"limit": 1000})
         page = response.json()
@@ -297,13 +345,14 @@ class Clients:
 
     def _registration(self, places: list[Place], pin: bool) -> dict[str, Any]:
         return {
-            "prefix_ids": self._corpus.prefixes[places[0][0]],
+            "prefix_ids": self._corpus.prefixes[places[0].prefix],
             "contexts": [{"input_ids": self._document(place)} for place in places],
+            "extra_key": places[0].tenant,
             "pin": pin,
         }
 
     def _document(self, place: Place) -> Ids:
-        return self._corpus.documents[place[1]]
+        return self._corpus.documents[place.document]
 
 
 def _check(response: httpx.Response) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,18 @@ _PREFIX_LENGTHS = (9, 14)
 _DOCUMENTS = 24
 _SETTINGS = ((0.9, 0.9), (0.5, 1.0), (1.5, 0.7), (1.0, 1.0))
 
+TENANTS = (None, "one", "two")  # values of extra_key; all of them have the same texts
+
 Ids = list[int]
-Place = tuple[int, int]  # a document after a prefix, both by number
+Tenant = str | None
+
+
+class Place(NamedTuple):
+    """A tenant's document after a prefix, both by number."""
+
+    tenant: Tenant
+    prefix: int
+    document: int
 
 
 class Corpus(NamedTuple):
@@ -29,7 +40,8 @@ class Corpus(NamedTuple):
 
     @property
     def places(self) -> list[Place]:
-        return [(p, d) for p in range(len(self.prefixes)) for d in range(len(self.documents))]
+        numbers = range(len(self.prefixes)), range(len(self.documents))
+        return [Place(*place) for place in product(TENANTS, *numbers)]
 
 
 class Job(NamedTuple):
@@ -43,9 +55,8 @@ class Job(NamedTuple):
     tokens: Ids  # the oracle's first MAX_NEW_TOKENS
     logprobs: list[float]
 
-    @property
-    def places(self) -> list[Place]:
-        return [(self.prefix, document) for document in self.documents]
+    def places(self, tenant: Tenant) -> list[Place]:
+        return [Place(tenant, self.prefix, document) for document in self.documents]
 
     def prompt_tokens(self, corpus: Corpus) -> int:
         if not self.documents:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from tests.campaigns.soak_jobs import MAX_NEW_TOKENS, Corpus, Ids, Job, Place
+from tests.campaigns.soak_jobs import MAX_NEW_TOKENS, TENANTS, Corpus, Ids, Job, Place, Tenant
 
 TOLERANCE = 1e-4  # of a log-probability
 
@@ -122,8 +122,9 @@ class Draw:
         new_tokens = rng.randint(3, 10) if fate is Fate.WAIT else rng.randint(10, MAX_NEW_TOKENS)
         if any(len(job.documents) > 10 or len(job.query) > 600 for job in jobs):
             new_tokens = min(new_tokens, 10)
+        tenants = _tenants(rng, len(jobs))
         places: set[Place] = set()
-        prompts = _prompts(self._corpus, jobs, rng, self._ids, places)
+        prompts = _prompts(self._corpus, jobs, tenants, rng, self._ids, places)
         rid = f"{self._seed}-{number:06d}"
         body = _native(kind, jobs, prompts, samples, new_tokens, rid, rng)
         if not kind.native:
@@ -144,9 +145,17 @@ class Draw:
         )
 
 
+def _tenants(rng: random.Random, count: int) -> list[Tenant]:
+    """Whose the jobs of one request are. SGLang takes no list of keys with a null in it."""
+    if rng.random() < 0.5:
+        return [rng.choice(TENANTS)] * count
+    return rng.choices([tenant for tenant in TENANTS if tenant is not None], k=count)
+
+
 def _prompts(
     corpus: Corpus,
     jobs: Sequence[Job],
+    tenants: Sequence[Tenant],
     rng: random.Random,
     ids: Mapping[Place, str],
     places: set[Place],
@@ -155,18 +164,20 @@ def _prompts(
     by_id = rng.random() < 0.35
     without_prefix = by_id and len(jobs) == 1 and rng.random() < 0.5
     prompts: list[Body] = []
-    for job in jobs:
+    for job, tenant in zip(jobs, tenants, strict=True):
+        own = {} if tenant is None else {"extra_key": tenant}
         if not job.documents:
-            prompts.append({"input_ids": job.query})
+            prompts.append({"input_ids": job.query, **own})
             continue
         contexts: list[Body] = []
-        for place in rng.sample(job.places, k=len(job.places)):  # their order has no effect
+        for place in rng.sample(job.places(tenant), k=len(job.documents)):  # no order has an effect
             if by_id and (without_prefix or rng.random() < 0.5):
                 contexts.append({"id": ids[place]})
                 places.add(place)
             else:
-                contexts.append({"input_ids": corpus.documents[place[1]]})
+                contexts.append({"input_ids": corpus.documents[place.document]})
         prompt = {
+            **own,
             "input_ids": job.query,
             "contexts": contexts,
             "prefix_ids": corpus.prefixes[job.prefix],

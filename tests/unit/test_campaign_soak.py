@@ -1,0 +1,76 @@
+"""What the soak says of a server that does not keep tenants apart, and of memory that grows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.campaigns.soak_client import VISIT_TOKENS, Clients, Pool
+from tests.campaigns.soak_jobs import Corpus, Job, make_corpus
+
+CORPUS = make_corpus(0)
+JOB = Job(0, (3, 5), [8, 9], 0.9, 0.9, list(range(100, 140)), [-1.0] * 40)
+PLAIN = JOB._replace(documents=())
+
+
+class Answers:
+    """A server's: ids of others are unknown, and texts get the oracle's answer, computed anew."""
+
+    known_status = 400
+    cached_tokens = 0
+    output_ids = JOB.tokens[:VISIT_TOKENS]
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        assert body["extra_key"] == "new"
+        if "id" in body.get("contexts", [{}])[0]:
+            error = {"message": "unknown", "param": "contexts[0].id"}
+            return httpx.Response(self.known_status, json={"error": error})
+        meta = {"cached_tokens": self.cached_tokens}
+        return httpx.Response(200, json={"output_ids": self.output_ids, "meta_info": meta})
+
+
+def faults_of_visit(answers: Answers, job: Job = JOB, corpus: Corpus = CORPUS) -> list[str]:
+    ids = {place: f"ctx-{i}" for i, place in enumerate(corpus.places)}
+
+    async def visit() -> list[str]:
+        transport = httpx.MockTransport(answers)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as session:
+            clients = Clients(session, corpus, ids, Pool(1000, 100))
+            await clients.visit(job, "new")
+            return clients.faults
+
+    return asyncio.run(visit())
+
+
+@pytest.mark.parametrize("job", [JOB, PLAIN], ids=["contexts", "plain"])
+def test_a_new_tenant_that_finds_nothing_of_others_is_no_fault(job: Job) -> None:
+    assert faults_of_visit(Answers(), job) == []
+
+
+@pytest.mark.parametrize("job", [JOB, PLAIN], ids=["contexts", "plain"])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("cached_tokens", 1, "finds KV of others"),
+        ("output_ids", [1, 2, 3, 4], "is answered"),
+    ],
+)
+def test_a_cache_that_is_not_kept_apart_is_a_fault(
+    job: Job, name: str, value: Any, words: str
+) -> None:
+    answers = Answers()
+    setattr(answers, name, value)
+    (fault,) = faults_of_visit(answers, job)
+    assert words in fault
+
+
+def test_ids_that_are_not_kept_apart_are_a_fault() -> None:
+    answers = Answers()
+    answers.known_status = 200
+    (fault,) = faults_of_visit(answers)
+    assert "is given" in fault
