@@ -33,6 +33,7 @@ _LIST_FIELDS = (
     *("rid", "extra_key", "lora_path", "return_logprob", "logprob_start_len", "top_logprobs_num"),
     *("return_sampling_mask", "return_hidden_states", "custom_logit_processor"),
 )
+_OVERRIDES = "positional_embed_overrides"
 
 
 def to_json(fields: Mapping[str, Any]) -> bytes:
@@ -109,6 +110,8 @@ def check_fields(obj: Any, count: int, batched: bool, vocab_size: int, door: Doo
         vocab_size: of the model.
         door: where the call came in.
     """
+    if getattr(obj, _OVERRIDES, None) is not None:  # {} would end the scheduler
+        raise ApeRequestError(f"{_OVERRIDES} cannot be given beside contexts", _OVERRIDES)
     for name in _LIST_FIELDS:
         value = getattr(obj, name, None)
         if isinstance(value, list) and (not batched or len(value) != count):

@@ -104,6 +104,14 @@ def test_no_more_top_log_probabilities_than_tokens(door: Door, name: str) -> Non
         assert param_of(check_fields, call, 1, False, VOCAB, door) == name
 
 
+@pytest.mark.parametrize("value", [{}, [], 0, "", False, {"positions": [0]}], ids=str)
+def test_no_embeddings_are_overridden_not_even_none_of_them(value: Any) -> None:
+    """SGLang's scheduler ends at any value that is not of its own type."""
+    call = SimpleNamespace(positional_embed_overrides=value)
+    name = "positional_embed_overrides"
+    assert param_of(check_fields, call, 1, False, VOCAB, NATIVE) == name
+
+
 def test_arguments_of_the_renderer_are_no_template_arguments() -> None:
     check_template_kwargs({"enable_thinking": False})
     check_template_kwargs(None)
