@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache
+from itertools import chain
 from typing import Any, get_type_hints
 
 import msgspec
@@ -20,6 +21,8 @@ from sglang_ape.errors import ApeRequestError
 
 MAX_CHOICES = 128
 """``n``. SGLang makes as many copies of a request before it looks at it."""
+MAX_ITEMS = 16_384
+"""Of a list beside contexts that has not one item for each query."""
 
 # Written by SamplingParams itself.
 _INTERNAL = frozenset(
@@ -33,6 +36,11 @@ _LIST_FIELDS = (
     *("rid", "extra_key", "lora_path", "return_logprob", "logprob_start_len", "top_logprobs_num"),
     *("return_sampling_mask", "return_hidden_states", "custom_logit_processor"),
 )
+_QUERY_TYPES: dict[str, set[type]] = {
+    "text": {str},
+    "input_ids": {int, list},
+    "prompt": {str, int, list},
+}
 _OVERRIDES = "positional_embed_overrides"
 
 
@@ -135,6 +143,44 @@ def _param(name: str, door: Door) -> str:
     if door in (CHAT, COMPLETIONS):
         return _RENAMED.get(name, name)
     return f"sampling_params.{name}"
+
+
+def check_lists(fields: Mapping[str, Any], count: int, door: Door) -> None:
+    """Refuse long lists of the wrong types: SGLang describes every single error, and stands still.
+
+    Args:
+        fields: the body without the plugin's own.
+        count: requests of the call.
+        door: where the call came in.
+    """
+    for name, value in fields.items():
+        if not isinstance(value, list):
+            continue
+        if name in _QUERY_TYPES and name in (door.text, door.ids):
+            _check_queries(value, name, _QUERY_TYPES[name])
+        elif len(value) > max(count, MAX_ITEMS):
+            shown = name.encode(errors="replace").decode()[:80]
+            raise ApeRequestError(f"{shown} has {len(value)} items, more than {MAX_ITEMS}", shown)
+
+
+def _check_queries(queries: list[Any], name: str, kinds: set[type]) -> None:
+    found = set(map(type, queries))
+    inner = set(map(type, chain.from_iterable(queries))) if found == {list} else set()
+    if len(found) > 1 or not found <= kinds or not inner <= {int}:
+        names = {str: "texts", int: "token ids", list: "lists of token ids"}
+        wanted = ", or ".join(names[kind] for kind in names if kind in kinds)
+        raise ApeRequestError(f"{name} must be a list of {wanted}", name)
+
+
+def check_response_format(value: Any) -> None:
+    """Refuse what SGLang takes for objects without looking."""
+    for path in ((), ("schema",), ("schema", "properties"), ("schema", "properties", "strict")):
+        inner = value
+        for key in path:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict | None):
+            param = ".".join(("response_format", *path))
+            raise ApeRequestError(f"{param} must be an object", param)
 
 
 def check_template_kwargs(value: Any) -> None:

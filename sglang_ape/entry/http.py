@@ -17,7 +17,12 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sglang_ape.entry.beside import check_template_kwargs, to_json
+from sglang_ape.entry.beside import (
+    check_lists,
+    check_response_format,
+    check_template_kwargs,
+    to_json,
+)
 from sglang_ape.entry.call import (
     CHAT,
     COMPLETIONS,
@@ -110,10 +115,12 @@ class ApeMiddleware:
         for name in ("input_ids", "input_embeds"):
             if rest.get(door.text) is not None and rest.get(name) is not None:
                 raise ApeRequestError(f"give {door.text} or {name}, not both", name)
+        check_lists(rest, len(call.items), door)
         if door.chat:
             if self.entry.marker is None:
                 raise ApeRequestError("contexts in a chat need a tokenizer", "contexts")
             check_template_kwargs(rest.get("chat_template_kwargs"))
+            check_response_format(rest.get("response_format"))
             rest["messages"] = self.entry.marker.mark(rest.get("messages"))
         call.items = [
             item._replace(contexts=encode_contexts(self.entry.tokenizer, item.contexts, item.at))

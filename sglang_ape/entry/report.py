@@ -53,6 +53,9 @@ async def reported(
                 info["ape"] = usage.contexts.to_dict()
                 if usage.scores:
                     info["contexts"] = list(usage.scores)
+                if (info.get("finish_reason") or {}).get("type") == "abort":
+                    # SGLang's streams read it where logprobs are asked for; its aborts lack it.
+                    info.setdefault("output_token_logprobs_length", 0)
                 if index % samples == 0:
                     call.usage[item] = usage
                 if metrics and info.get("finish_reason") and item not in counted:

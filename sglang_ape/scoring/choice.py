@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LOWEST_BIAS = -2e4
-"""A context further down has no weight that fp32 could tell from 0; attention kernels take a
-log-sum-exp of -4.5e4 for that of no keys at all."""
-
+from flashinfer_ext.reference import LOWEST_BIAS
 
 def biases(scores: Sequence[float], soft: float) -> tuple[float, ...]:
     """``soft * (score - highest score)`` of each context, natural log.

@@ -8,7 +8,10 @@ import pytest
 
 from sglang_ape.entry.beside import (
     MAX_CHOICES,
+    MAX_ITEMS,
     check_fields,
+    check_lists,
+    check_response_format,
     check_sampling,
     check_template_kwargs,
     to_json,
@@ -110,6 +113,70 @@ def test_no_embeddings_are_overridden_not_even_none_of_them(value: Any) -> None:
     call = SimpleNamespace(positional_embed_overrides=value)
     name = "positional_embed_overrides"
     assert param_of(check_fields, call, 1, False, VOCAB, NATIVE) == name
+
+
+@pytest.mark.parametrize(
+    ("door", "name", "value"),
+    [
+        (NATIVE, "text", ["a", 5]),
+        (NATIVE, "text", [5]),
+        (NATIVE, "input_ids", ["a"]),
+        (NATIVE, "input_ids", [5, True]),
+        (NATIVE, "input_ids", [5, [6]]),
+        (NATIVE, "input_ids", [[5], ["a"]]),
+        (NATIVE, "input_ids", [[[5]]]),
+        (COMPLETIONS, "prompt", ["a", [5]]),
+        (COMPLETIONS, "prompt", [{"id": ""}] * 1_000_000),
+        (COMPLETIONS, "stop", [{}] * 1_000_000),
+        (CHAT, "messages", [{}] * (MAX_ITEMS + 1)),
+        (NATIVE, "\ud800", [0] * (MAX_ITEMS + 1)),
+    ],
+)
+def test_lists_that_would_have_an_error_for_each_item_are_refused(
+    door: Door, name: str, value: Any
+) -> None:
+    shown = name.encode(errors="replace").decode()
+    assert param_of(check_lists, {"rid": None, name: value}, 1, door) == shown
+
+
+def test_lists_of_queries_and_what_comes_with_each_may_be_long() -> None:
+    count = MAX_ITEMS + 1
+    check_lists({"text": ["a"] * count, "rid": ["r"] * count}, count, NATIVE)
+    check_lists({"input_ids": [[5]] * count, "stop": ["a"]}, count, NATIVE)
+    check_lists({"input_ids": [5] * count}, 1, NATIVE)
+    for prompt in ("a", ["a"] * count, [5] * count, [[5, 6], []]):
+        check_lists({"prompt": prompt}, count, COMPLETIONS)
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        ("json", "response_format"),
+        ([], "response_format"),
+        (True, "response_format"),
+        ({"type": "json_schema", "schema": "a"}, "response_format.schema"),
+        ({"type": "json_schema", "schema": {"properties": 1}}, "response_format.schema.properties"),
+        (
+            {"type": "json_schema", "schema": {"properties": {"strict": 1}}},
+            "response_format.schema.properties.strict",
+        ),
+    ],
+)
+def test_what_sglang_reads_of_a_response_format_is_an_object(value: Any, param: str) -> None:
+    assert param_of(check_response_format, value) == param
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
+        {"type": "json_schema", "schema": {"properties": {"strict": {"default": True}}}},
+    ],
+)
+def test_other_response_formats_pass(value: Any) -> None:
+    check_response_format(value)
 
 
 def test_arguments_of_the_renderer_are_no_template_arguments() -> None:

@@ -133,7 +133,7 @@ def test_several_samples_are_one_request() -> None:
 
 
 def test_an_answer_without_cached_tokens_had_none() -> None:
-    bare = {"meta_info": {"finish_reason": "stop"}}
+    bare = {"meta_info": {"finish_reason": {"type": "stop"}}}
     assert told(report([bare])[0][0]) == (2, 6, 0)
 
 
@@ -243,3 +243,12 @@ def test_of_a_stream_only_the_usage_changes() -> None:
     after = with_usage(first + event(last) + done, USAGE)
     assert after == first + event(with_usage(last, USAGE)) + done
     assert json.loads(with_usage(last, USAGE))["usage"]["prompt_tokens_details"] == DETAILS
+
+
+def test_an_abort_has_the_length_that_sglangs_streams_read() -> None:
+    """They read it where log-probabilities were asked for; SGLang leaves it out of an abort."""
+    aborted = answer(0)
+    aborted["meta_info"]["finish_reason"] = {"type": "abort"}
+    told, _, _ = report([aborted, answer(0)])
+    assert told[0]["meta_info"]["output_token_logprobs_length"] == 0
+    assert "output_token_logprobs_length" not in told[1]["meta_info"]
