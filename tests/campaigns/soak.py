@@ -12,7 +12,8 @@ their ids nor anything in the cache. At the end nothing may be left:
 - Processes, threads and file handles: none that was not there after a warm-up of the same kind.
 - Tasks: SGLang drains before it ends at SIGTERM, waiting for every request that it still has a
   state for. It must end. (Requests hold a connection or a state for as long as they have a task.)
-- Memory: the median of the last third of the time is at most ``LEVEL`` above that of the middle.
+- Memory: from the third quarter of the time to the last, the median grows by less than
+  ``LEVEL_BYTES`` a request.
 
 Run it as ``python -m tests.campaigns.soak``.
 """
@@ -48,7 +49,7 @@ POOL_TOKENS = 1200
 MAX_PINNED = POOL_TOKENS // 4
 POOL = Pool(usable=POOL_TOKENS - 8, max_pinned=MAX_PINNED)
 LARGE_TOKENS = 1000  # contexts of the largest requests; with many pins there is no room for them
-LEVEL = (8.0, 0.02)  # MiB, and a share of the process, the larger of both
+LEVEL_BYTES = 1024  # a task that is never ended takes more
 LEVEL_REQUESTS = 3000  # fewer say nothing about memory
 MAX_FAULTS = 20
 DRAIN_SECONDS = 60
@@ -115,7 +116,7 @@ class Tally:
         lines += _section("beside them", sorted(self.beside.items()))
         lines += _section("seen by the server, the warm-up included", self.seen.items())
         lines += ["", "at the end, as after the warm-up", *(f"  {line}" for line in self.holdings)]
-        lines += ["", "resident memory, median of each third of the time, MiB"]
+        lines += ["", "resident memory, median of each quarter of the time, MiB"]
         lines += [f"  {line}" for line in self.memory]
         lines += ["", f"{len(self.faults)} faults", *self.faults[:MAX_FAULTS]]
         return "\n".join(lines)
@@ -224,11 +225,12 @@ class _Soak:
         tally.holdings = [f"{after[pid]}; before {before.get(pid)}" for pid in after]
         tally.faults += [f"left over: {found}" for found in left_over(before, after)]
         for pid, holdings in before.items():
-            first, middle, last = memory.thirds(pid)
-            tally.memory.append(f"{holdings.name}: {first:.1f}, {middle:.1f}, {last:.1f}")
-            grown = last - middle
-            if self._plan.requests >= LEVEL_REQUESTS and grown > max(LEVEL[0], LEVEL[1] * middle):
-                tally.faults.append(f"memory of {holdings.name} grows: {tally.memory[-1]}")
+            quarters = memory.quarters(pid)
+            grown = (quarters[3] - quarters[2]) * 2**20 / (self._plan.requests / 4)
+            shown = ", ".join(f"{size:.1f}" for size in quarters)
+            tally.memory.append(f"{holdings.name}: {shown}; at last {grown:.0f} bytes a request")
+            if self._plan.requests >= LEVEL_REQUESTS and grown > LEVEL_BYTES:
+                tally.faults.append(f"memory grows: {tally.memory[-1]}")
         tally.seen = self._metrics()
 
     def _metrics(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,12 +94,11 @@ class Memory:
     def sample(self) -> None:
         self._samples.append(resident_bytes(self._pids))
 
-    def thirds(self, pid: int) -> list[float]:
-        """The median of each third of the time, in MiB."""
+    def quarters(self, pid: int) -> list[float]:
+        """The median of each quarter of the time, in MiB."""
         sizes = [sample[pid] / _MIB for sample in self._samples if pid in sample]
-        third = max(len(sizes) // 3, 1)
-        parts = sizes[:third], sizes[third:-third] or sizes, sizes[-third:]
-        return [statistics.median(part) for part in parts]
+        cuts = [len(sizes) * i // 4 for i in range(5)]
+        return [statistics.median(sizes[a:b] or sizes) for a, b in pairwise(cuts)]
 
 
 def _holdings(pid: int) -> Holdings:
