@@ -159,11 +159,22 @@ def around_init_req_max_new_tokens(original: Callable[..., None], scheduler: Any
 def around_validate_input_length(
     original: Callable[..., str | None], req: Any, max_req_input_len: int, allow_auto_truncate: bool
 ) -> str | None:
-    """AROUND hook on ``managers.utils.validate_input_length``; an APE row is never truncated."""
+    """AROUND hook on ``managers.utils.validate_input_length``; an APE row is never truncated.
+
+    A bias is refused here too where the attention backend has no kernel for it.
+    """
     spec = spec_of(req)
     if spec is None:
         return original(req, max_req_input_len, allow_auto_truncate)
+    if spec.bias and not _serves_bias():
+        return "ape.soft: this server has no attention module for it, as its log says at start-up"
     return original(req, max_req_input_len + spec.hidden_tokens, False)
+
+
+def _serves_bias() -> bool:
+    from sglang_ape.attention.batch import serves_bias  # it imports torch
+
+    return serves_bias()
 
 
 def _spec_of_input(obj: Any) -> ApeSpec | None:

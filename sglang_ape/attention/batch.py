@@ -38,6 +38,19 @@ def begin_batch(rids: list[str], batch: ApeBatch | None) -> None:
     _rids, _batch = rids, batch
 
 
+_serves_bias = True
+
+
+def set_serves_bias(value: bool) -> None:
+    """Told by the attention backend of this process: whether contexts may have a bias."""
+    global _serves_bias
+    _serves_bias = value
+
+
+def serves_bias() -> bool:
+    return _serves_bias
+
+
 def ape_batch(rids: Sequence[str] | None) -> ApeBatch | None:
     """The batch of these requests, None if no request of it is an APE request.
 

@@ -25,7 +25,12 @@ from flashinfer_ext.reference import LOWEST_BIAS
 from flashinfer_ext.staging import Lists
 from flashinfer_ext.variant import ModuleKey, is_available
 from sglang_ape import metrics
-from sglang_ape.attention.batch import ApeBatch, ape_batch, ape_batch_of_size
+from sglang_ape.attention.batch import (
+    ApeBatch,
+    ape_batch,
+    ape_batch_of_size,
+    set_serves_bias,
+)
 from sglang_ape.attention.levels import (
     NO_BIAS,
     Levels,
@@ -323,12 +328,12 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         ]
         if self._planner is not None:
             prepared.append(rectangle_levels([spec], np.array([6]), _whole_cover(spec)))
+        set_serves_bias(self.serves_bias)
         if self.serves_bias:
             prepared.append(extend_levels([biased], [4], [7]))
         else:
             logger.warning(
-                "attention module %s cannot be had: no request with a bias of its contexts (soft) "
-                "can be served",
+                "attention module %s cannot be had: requests with soft are refused",
                 key._replace(with_bias=True).name,
             )
         for levels in prepared:

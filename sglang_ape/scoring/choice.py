@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from flashinfer_ext.reference import LOWEST_BIAS
 
+
 def biases(scores: Sequence[float], soft: float) -> tuple[float, ...]:
     """``soft * (score - highest score)`` of each context, natural log.
 

@@ -1,11 +1,14 @@
-"""An idle engine whose only waiting request has no room beside the pins does not stop for good."""
+"""What the scheduler refuses: requests that pins keep out, a bias that no kernel serves."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sglang_ape.limits import around_get_new_batch_prefill_raw
+from sglang_ape.attention.batch import set_serves_bias
+from sglang_ape.limits import around_get_new_batch_prefill_raw, around_validate_input_length
+from sglang_ape.spec import ApeSpec
 
 
 class Running(SimpleNamespace):
@@ -58,3 +61,26 @@ def test_a_batch_that_runs_and_another_tree_are_left_alone(is_ours: bool) -> Non
         del scheduler.tree_cache.pins
     look(scheduler, running)
     assert running.batch_is_full
+
+
+@pytest.fixture
+def without_bias() -> Iterator[None]:
+    set_serves_bias(False)
+    yield
+    set_serves_bias(True)
+
+
+def validate(bias: tuple[float, ...]) -> str | None:
+    spec = ApeSpec(1, (2, 2), 0.9, 0.9, "set", bias)
+    req = SimpleNamespace(ape_spec=spec, origin_input_ids=[0] * 7)
+    return around_validate_input_length(lambda *_: None, req, 100, False)
+
+
+def test_a_bias_that_no_kernel_serves_is_refused(without_bias: None) -> None:
+    refused = validate((0.0, -1.0))
+    assert refused is not None and refused.startswith("ape.soft")
+    assert validate(()) is None
+
+
+def test_a_bias_is_served_otherwise() -> None:
+    assert validate((0.0, -1.0)) is None

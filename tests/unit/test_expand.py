@@ -694,6 +694,8 @@ def test_the_namespace_knows_the_bias_of_each_context() -> None:
     assert named == expand.namespace_of(ids([9]), contexts[::-1], 0.9, 0.9, bias[::-1])
     assert named != expand.namespace_of(ids([9]), contexts, 0.9, 0.9, bias[::-1])
     assert named != expand.namespace_of(ids([9]), contexts, 0.9, 0.9)
+
+
 # ---------------------------------------------------------------- warm items
 
 WARM = expand.encode_warm(CharTokenizer(), ["one", "two\n"], LIMITS.window)

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashinfer_ext.reference import LOWEST_BIAS
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
-from sglang_ape.scoring.choice import LOWEST_BIAS, biases, highest
+from sglang_ape.scoring.choice import biases, highest
 from sglang_ape.scoring.known import KnownScores, score_key
 from sglang_ape.scoring.question import Question
 from sglang_ape.scoring.rows import Room, likelihoods, score_rows
