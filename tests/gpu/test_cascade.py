@@ -11,6 +11,7 @@ import torch
 
 from flashinfer_ext import cascade, variant
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper
+from flashinfer_ext.reference import LOWEST_BIAS
 
 # Norm of the error of each row beside the norm of its row. Rounded are the probabilities inside of
 # the kernel, the output of either level and the merged output, each by at most 2^-8 (bf16) or
@@ -69,6 +70,7 @@ class Batch:
     levels: tuple[Level, Level]
     q: torch.Tensor
     cache: torch.Tensor
+    bias: torch.Tensor | None = None  # of each token of the pages of the contexts
 
     @property
     def temperature(self) -> list[float]:
@@ -163,7 +165,14 @@ def dense(
 ##### The oracle
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> State:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    bias: torch.Tensor | float = 0.0,
+) -> State:
     """Softmax attention in fp32; query i of n sees the first ``len(k) - n + i + 1`` keys."""
     n, heads, head_dim = q.shape
     m, kv_heads, _ = k.shape
@@ -171,7 +180,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, caus
     at_once = max(2**27 // (heads * m), 1)  # scores of half a gigabyte
     for start in range(0, n, at_once):
         part = q[start : start + at_once].float().view(-1, kv_heads, heads // kv_heads, head_dim)
-        scores = torch.einsum("nkgd,mkd->nkgm", part, k) * scale
+        scores = torch.einsum("nkgd,mkd->nkgm", part, k) * scale + bias
         if causal:
             position = torch.arange(m - n + start, m - n + start + len(part), device=q.device)
             hidden = torch.arange(m, device=q.device) > position[:, None]
@@ -195,12 +204,21 @@ def expected_of(batch: Batch, k_scale: float = 1.0, v_scale: float = 1.0) -> Sta
         if group.kv_len == 0:
             continue
         k, v = dense(batch, 0, i, scales)
-        own = attend(batch.q[rows], k, v, sm_scale / group.temperature, causal=False)
+        bias = bias_of(batch, i)
+        own = attend(batch.q[rows], k, v, sm_scale / group.temperature, False, bias)
         logs = torch.stack([group.scale * group.temperature * own.lse, lse[rows]])
         share = logs.softmax(0).unsqueeze(-1)
         out[rows] = share[0] * own.out + share[1] * out[rows]
         lse[rows] = logs.logsumexp(0)
     return State(out, lse)
+
+
+def bias_of(batch: Batch, group: int) -> torch.Tensor | float:
+    """Of the tokens of a group of the contexts level."""
+    if batch.bias is None:
+        return 0.0
+    first = int(batch.levels[0].kv_indptr[group]) * batch.shape.page_size
+    return batch.bias[first : first + batch.contexts[group].kv_len]
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -244,6 +262,7 @@ def plan(wrapper: ApeCascadeAttentionWrapper, batch: Batch, **changes: Any) -> N
         scale=batch.scale,
         q_data_type=batch.shape.dtype,
         kv_data_type=batch.shape.kv_dtype,
+        bias=batch.bias,
     )
     wrapper.plan(**{**arguments, **changes})
 
@@ -559,9 +578,107 @@ def test_one_wrapper_plans_batches_of_every_kind_in_turn(workspace: torch.Tensor
         (Shape(page_size=16), EXTEND),
     ):
         batch = make_batch(shape, *groups)
-        plan(wrapper, batch)
-        actual = wrapper.run(batch.q, batch.cache, return_lse=True)
-        assert_equals(batch, actual, expected_of(batch))
+        for each in (with_bias(batch), batch) if shape == Shape() else (batch,):
+            plan(wrapper, each)
+            actual = wrapper.run(each.q, each.cache, return_lse=True)
+            assert_equals(each, actual, expected_of(each))
+
+
+##### A bias of the contexts
+
+HAVE_BIAS = pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
+BIASES = [0.0, -0.3, -2.0, -11.0, -150.0, LOWEST_BIAS]
+
+
+def with_bias(batch: Batch) -> Batch:
+    """Every third group has none; in the others it changes every few tokens, and is 0 somewhere.
+
+    What belongs to no token is NaN, so that reading it cannot go unnoticed.
+    """
+    generator = torch.Generator().manual_seed(3)
+    size, kv_indptr = batch.shape.page_size, batch.levels[0].kv_indptr.tolist()
+    bias = torch.full((kv_indptr[-1] * size + 300,), math.nan)
+    for i, group in enumerate(batch.contexts):
+        drawn = torch.randint(len(BIASES), (group.kv_len // 7 + 1,), generator=generator)
+        values = torch.tensor(BIASES)[drawn].repeat_interleave(7)[: group.kv_len]
+        values[group.kv_len // 2 : group.kv_len // 2 + 3] = 0
+        first = kv_indptr[i] * size
+        bias[first : first + group.kv_len] = 0 if i % 3 == 2 else values
+    return replace(batch, bias=bias.to(batch.q.device))
+
+
+@BATCHES
+@HAVE_BIAS
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
+def test_batches_with_a_bias_equal_the_formula(
+    workspace: torch.Tensor,
+    groups: tuple[Sequence[Contexts], Sequence[Path]],
+    dtype: torch.dtype,
+    head_dim: int,
+    page_size: int,
+    num_kv_heads: int,
+) -> None:
+    shape = Shape(dtype, head_dim, num_kv_heads=num_kv_heads, page_size=page_size)
+    batch = with_bias(make_batch(shape, *groups))
+    actual = attention(workspace, batch)
+    assert_equals(batch, actual, expected_of(batch))
+    # And the bias matters.
+    assert error(actual[0], expected_of(replace(batch, bias=None)).out) > 0.1
+
+
+@BATCHES
+@HAVE_BIAS
+def test_a_bias_of_zeros_is_none_but_for_rounding(
+    workspace: torch.Tensor,
+    groups: tuple[Sequence[Contexts], Sequence[Path]],
+    dtype: torch.dtype,
+    head_dim: int,
+) -> None:
+    batch = make_batch(Shape(dtype, head_dim), *groups)
+    out, lse = attention(workspace, batch)
+    zeros = torch.zeros(len(batch.levels[0].indices), device="cuda")
+    again, lse_again = attention(workspace, replace(batch, bias=zeros))
+    assert error(again, out) <= TOLERANCE[dtype] / 2
+    torch.testing.assert_close(lse_again, lse, rtol=0, atol=LSE_TOLERANCE[dtype] / 2)
+
+
+@BATCHES
+def test_a_bias_over_a_float8_cache_with_scales_equals_the_formula(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+) -> None:
+    shape = Shape(page_size=16, kv_dtype=torch.float8_e4m3fn)
+    batch = with_bias(make_batch(shape, *groups))
+    scales = {"k_scale": 0.6, "v_scale": 2.5}
+    assert_equals(batch, attention(workspace, batch, **scales), expected_of(batch, **scales))
+
+
+@HAVE_BIAS
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("temperature", [0.1, 2.0])
+def test_tokens_of_the_lowest_bias_are_as_if_left_out(
+    workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, rows: int, temperature: float
+) -> None:
+    """Also where whole parts of a split context have it: these are not taken for empty ones."""
+    contexts = [Contexts(rows, 100_000, temperature, 0.9), Contexts(1, 1, 0.9, 0.9)]
+    batch = make_batch(Shape(dtype, head_dim), contexts, [Path(rows, 50), Path(1, 1)])
+    bias = torch.full((100_001,), LOWEST_BIAS, device="cuda")
+    bias[70_000:70_017] = 0
+    biased = replace(batch, bias=bias)
+    actual = attention(workspace, biased)
+    assert_equals(batch, actual, expected_of(biased))
+    # All of the second group has it: its weight is 0, and its state a number.
+    path = attend(batch.q[rows:], *dense(batch, 1, 1, (1, 1)), head_dim**-0.5, causal=True)
+    assert error(actual[0][rows:], path.out) <= TOLERANCE[dtype]
+
+
+def test_a_run_reads_the_bias_that_stands_there_then(workspace: torch.Tensor) -> None:
+    batch = with_bias(make_batch(Shape(), *DECODE))
+    other = replace(batch, bias=batch.bias / 3)
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    plan(wrapper, batch)
+    batch.bias.copy_(other.bias)
+    assert_equals(other, wrapper.run(batch.q, batch.cache, return_lse=True), expected_of(other))
 
 
 ##### CUDA graphs
@@ -574,15 +691,23 @@ class Graph:
     """A wrapper captured at the least lengths: no contexts, and the unused page 0 as every path."""
 
     def __init__(
-        self, workspace: torch.Tensor, shape: Shape, cache: torch.Tensor, rows: int = GRAPH_ROWS
+        self,
+        workspace: torch.Tensor,
+        shape: Shape,
+        cache: torch.Tensor,
+        rows: int = GRAPH_ROWS,
+        biased: bool = False,
     ) -> None:
         self.indices = torch.zeros(MAX_PAGES, dtype=torch.int32, device="cuda")
+        size = MAX_PAGES * shape.page_size
+        self.bias = torch.full((size,), math.nan, device="cuda") if biased else None
         self.wrapper = ApeCascadeAttentionWrapper(
             workspace,
             shape.layout,
             use_cuda_graph=True,
             batch_size=rows,
             paged_kv_indices_buffer=self.indices,
+            bias_buffer=self.bias,
         )
         self.q = torch.zeros(
             rows, shape.num_qo_heads, shape.head_dim, dtype=shape.dtype, device="cuda"
@@ -594,7 +719,7 @@ class Graph:
             make_level(contexts, shape.page_size, page_0[:0]),
             make_level(path, 1, page_0),
         )
-        plan(self.wrapper, Batch(shape, contexts, path, levels, self.q, cache))
+        plan(self.wrapper, Batch(shape, contexts, path, levels, self.q, cache, self.bias))
         self.wrapper.run(self.q, cache, return_lse=True)  # compiles the merge
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -602,12 +727,17 @@ class Graph:
             self.out, self.lse = self.wrapper.run(self.q, cache, return_lse=True)
 
     def replay(self, batch: Batch, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """With ``in_place``, page indices are written to the wrapper's buffer before ``plan``."""
-        indices = torch.cat([level.indices for level in batch.levels])
+        """With ``in_place``, page indices and the bias are written to the wrapper's buffers before
+        ``plan``.
+        """
+        indices, bias = torch.cat([level.indices for level in batch.levels]), batch.bias
         if in_place:
             self.indices[: len(indices)] = indices
             indices = self.indices[: len(indices)]
-        plan(self.wrapper, batch, paged_kv_indices=indices)
+        if in_place and bias is not None and self.bias is not None:
+            self.bias[: len(bias)] = bias
+            bias = self.bias
+        plan(self.wrapper, batch, paged_kv_indices=indices, bias=bias)
         self.q.copy_(batch.q)
         self.out.fill_(math.nan)
         self.lse.fill_(math.nan)
@@ -653,9 +783,15 @@ def pad(batch: Batch, rows: int) -> Batch:
 
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
 def test_a_captured_run_follows_every_new_plan(
-    workspace: torch.Tensor, dtype: torch.dtype, head_dim: int, in_place: bool, page_size: int
+    workspace: torch.Tensor,
+    dtype: torch.dtype,
+    head_dim: int,
+    in_place: bool,
+    page_size: int,
+    biased: bool,
 ) -> None:
     shape = Shape(dtype, head_dim, page_size=page_size)
     batches = [
@@ -665,7 +801,9 @@ def test_a_captured_run_follows_every_new_plan(
     cache = max((batch.cache for batch in batches), key=len)  # a graph reads one cache
     batches = [replace(batch, cache=cache) for batch in batches]
     batches.append(pad(batches[0], rows=2))
-    graph = Graph(workspace, shape, cache)
+    if biased:
+        batches = [with_bias(batch) for batch in batches]
+    graph = Graph(workspace, shape, cache, biased=biased)
     for batch in (*batches, batches[0]):
         replayed = graph.replay(batch, in_place)
         assert_equals(batch, replayed, expected_of(batch))
@@ -704,12 +842,19 @@ class Cover(NamedTuple):
     in_path: list[bool]  # of each rectangle
     temperature: list[float]
     scale: list[float]
+    bias: list[list[float]]  # of each row of each rectangle
 
 
 def make_cover(
-    shape: Shape, rectangles: Sequence[Rectangle], path_lens: Sequence[int], mixed: bool = False
+    shape: Shape,
+    rectangles: Sequence[Rectangle],
+    path_lens: Sequence[int],
+    mixed: bool = False,
+    biased: bool = False,
 ) -> Cover:
-    """With ``mixed``, rows have one of two temperatures by parity, and so must rectangles."""
+    """With ``mixed``, rows have one of two temperatures by parity, and so must rectangles. With
+    ``biased``, two rows of three have a bias of their own for each rectangle.
+    """
     rows = len(path_lens)
     temperature = [(0.5, 1.1)[row % 2] if mixed else 0.8 for row in range(rows)]
     scale = [(0.9, 0.0, 1.3)[row % 3] for row in range(rows)]
@@ -735,13 +880,21 @@ def make_cover(
     q = level.q[:rows].contiguous()
     batch = Batch(shape, contexts, level.path[:rows], levels, q, level.cache)
     in_path = [rectangle.in_path for rectangle in rectangles]
-    return Cover(batch, torch.tensor(places, dtype=torch.int32), in_path, temperature, scale)
+    bias = [
+        [
+            BIASES[(row + i) % len(BIASES)] * (biased and row % 3 > 0 and not r.in_path)
+            for row in r.rows
+        ]
+        for i, r in enumerate(rectangles)
+    ]
+    return Cover(batch, torch.tensor(places, dtype=torch.int32), in_path, temperature, scale, bias)
 
 
 def plan_cover(wrapper: ApeCascadeAttentionWrapper, cover: Cover, **changes: Any) -> None:
     settings = dict(
         contexts_rows=cover.rows,
         path_groups=torch.tensor(cover.in_path, dtype=torch.bool),
+        rows_bias=torch.tensor([b for own in cover.bias for b in own], dtype=torch.float32),
         temperature=cover.temperature,
         scale=cover.scale,
     )
@@ -760,11 +913,15 @@ def expected_of_cover(cover: Cover) -> State:
         path = [dense(batch, 0, i, (1, 1)) for i in own if cover.in_path[i]]
         path.append(dense(batch, 1, row, (1, 1)))
         out, lse = attend(q, *joined(path), sm_scale, causal=True)
-        contexts = [dense(batch, 0, i, (1, 1)) for i in own if not cover.in_path[i]]
+        of_contexts = [i for i in own if not cover.in_path[i]]
+        contexts = [dense(batch, 0, i, (1, 1)) for i in of_contexts]
         if sum(len(k) for k, _ in contexts):
             k, v = joined(contexts)
+            each = [cover.bias[i][members[i].index(row)] for i in of_contexts]
+            lens = torch.tensor([len(k) for k, _ in contexts])
+            bias = torch.tensor(each).repeat_interleave(lens).to(k.device)
             power = cover.scale[row] * cover.temperature[row]
-            state = attend(q, k, v, sm_scale / cover.temperature[row], causal=False)
+            state = attend(q, k, v, sm_scale / cover.temperature[row], False, bias)
             logs = torch.stack([power * state.lse, lse])
             share = logs.softmax(0).unsqueeze(-1)
             out, lse = share[0] * state.out + share[1] * out, logs.logsumexp(0)
@@ -841,6 +998,7 @@ def path_lens(rows: int) -> list[int]:
 @pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)
 @pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
 @pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("biased", [False, True])
 def test_covers_by_rectangles_equal_the_formula(
     workspace: torch.Tensor,
     name: str,
@@ -848,10 +1006,11 @@ def test_covers_by_rectangles_equal_the_formula(
     head_dim: int,
     num_kv_heads: int,
     page_size: int,
+    biased: bool,
 ) -> None:
     rectangles, rows = COVERS[name]
     shape = Shape(dtype, head_dim, num_kv_heads=num_kv_heads, page_size=page_size)
-    cover = make_cover(shape, rectangles, path_lens(rows))
+    cover = make_cover(shape, rectangles, path_lens(rows), biased=biased)
     wrapper = ApeCascadeAttentionWrapper(workspace)
     plan_cover(wrapper, cover)
     out = torch.full_like(cover.batch.q, math.nan)
@@ -911,8 +1070,10 @@ def test_a_captured_run_follows_every_cover(
             shape,
             [r._replace(rows=[i for i in r.rows if i < rows]) for r in given],
             path_lens(rows),
+            biased=biased,
         )
         for given, _ in COVERS.values()
+        for biased in (False, True)
     ]
     cache = max((cover.batch.cache for cover in covers), key=len)  # a graph reads one cache
     indices = torch.zeros(400_000, dtype=torch.int32, device="cuda")
@@ -988,6 +1149,12 @@ def test_the_stock_kernel_serves_many_temperatures_with_rounded_queries(
     batch = make_batch(Shape(), mixed, paths)
     out, _ = attention(workspace, batch, **scales)
     assert error(out, expected_of(batch, **scales).out) <= QUERIES_IN_BF16
+
+
+@pytest.mark.usefixtures("stock_kernel")
+def test_the_stock_kernel_takes_no_bias(workspace: torch.Tensor) -> None:
+    with pytest.raises(RuntimeError, match="a bias needs the attention module"):
+        attention(workspace, with_bias(make_batch(Shape(), *DECODE)))
 
 
 @pytest.mark.usefixtures("stock_kernel")

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from flashinfer_ext.gather import gather_kv_indices, gather_kv_indices_reference, gather_packed
+from flashinfer_ext.gather import (
+    gather_kv_indices,
+    gather_kv_indices_reference,
+    gather_packed,
+    spread,
+)
 
 Segment = tuple[int, int, int]  # index of the row, first column, columns
 
@@ -69,6 +74,19 @@ def test_a_table_of_more_slots_than_int32_counts_is_read_at_the_right_place() ->
     rows = torch.tensor(touched, dtype=torch.int32, device="cuda")
     segments = [(2, 100, 70_000), (1, 0, 1000), (0, width - 5, 5), (2, width - 1, 1)]
     assert_gathers(table, rows, segments)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_values_are_spread_over_their_segments(seed: int) -> None:
+    rng = random.Random(seed)
+    lens = [rng.choice((0, 1, rng.randrange(20), rng.randrange(200_000))) for _ in range(90)]
+    values = torch.randn(len(lens), device="cuda")
+    indptr = torch.tensor([0, *lens], device="cuda").cumsum(0).int()
+    out = torch.full((sum(lens) + 9,), torch.nan, device="cuda")
+    spread(values, indptr, max(lens), out)
+    expected = torch.repeat_interleave(values, torch.tensor(lens, device="cuda"))
+    assert torch.equal(out[:-9], expected)
+    assert bool(out[-9:].isnan().all())
 
 
 def packed(rows: torch.Tensor, group_size: int) -> torch.Tensor:

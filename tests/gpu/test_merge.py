@@ -207,13 +207,15 @@ def random_states(lens: Lens, shape: PackedShape, dtype: torch.dtype, seed: int 
     s_path[:, ::5], s_path[:, 2::10] = EMPTY
     order = torch.randperm(needed + 5, generator=generator, device="cuda")
     indptr = torch.tensor([0, *map(sum, lens)], device="cuda").cumsum(0).int()
+    bias = -20 * torch.rand(needed, generator=generator, device="cuda")
+    bias[::2] = 0
     exponents = 15 * torch.rand(rows, generator=generator, device="cuda") ** 3
     return States(
         randn(rows, heads, head_dim).to(dtype),
         s_path,
         randn(needed + 5, *shape).to(dtype),
         s,
-        StateLists(indptr, indptr[:-1] + contexts, order[:needed].int()),
+        StateLists(indptr, indptr[:-1] + contexts, order[:needed].int(), bias),
         exponents,
     )
 
@@ -226,8 +228,13 @@ def expected_states(states: States, v_scale: float = 1.0) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", [(4, 8, 128), (7, 4, 64), (1, 5, 80)])
-def test_many_merged_states_equal_the_reference(shape: PackedShape, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_many_merged_states_equal_the_reference(
+    shape: PackedShape, dtype: torch.dtype, biased: bool
+) -> None:
     states = random_states(LENS * 4, shape, dtype)
+    if not biased:
+        states = states._replace(lists=states.lists._replace(bias=None))
     out, lse = merge_states_scaled(*states)
     expected, expected_lse = expected_states(states)
     assert_near(out, expected)
@@ -259,6 +266,16 @@ def test_one_state_a_row_is_the_merge_of_two(group_size: int) -> None:
         expected, expected_lse = merge_state_scaled(*merge[:4], exponents)
         assert error(out, expected) <= TOLERANCE_OF_ROUNDED
         assert_logs_near(lse, expected_lse)
+
+
+def test_a_bias_of_zeros_changes_no_bit() -> None:
+    states = random_states(LENS * 4, (4, 8, 128), torch.bfloat16)
+    assert states.lists.bias is not None
+    found = [
+        merge_states_scaled(*states._replace(lists=states.lists._replace(bias=bias)))
+        for bias in (None, torch.zeros_like(states.lists.bias))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_states_of_the_path_are_merged_before_those_of_the_contexts() -> None:
