@@ -144,7 +144,7 @@ def bodies_of(kind: Kind, prompts: Sequence[Prompt], generated: int) -> list[Bod
     """Bodies of ``POST /generate``; both servers get the same tokens."""
     method = Method.APE if kind is Kind.APE else Method.SEQUENTIAL
     sampling = {"temperature": 0, "max_new_tokens": generated, "ignore_eos": True}
-    return [body_of(method, prompt, (), {}, sampling) for prompt in prompts]
+    return [body_of(method, prompt, (), None, sampling) for prompt in prompts]
 
 
 def cached_context_tokens(kind: Kind, prompt: Prompt, meta: Mapping[str, Any]) -> int:

@@ -155,7 +155,7 @@ def bodies_of(kind: Kind, prompts: Sequence[Prompt], generated: int) -> list[Bod
     """Bodies of ``POST /generate``; both servers get the same tokens."""
     method = Method.APE if kind is Kind.APE else Method.SEQUENTIAL
     sampling = {"temperature": 0, "max_new_tokens": generated, "ignore_eos": True}
-    return [body_of(method, prompt, (), {}, sampling) for prompt in prompts]
+    return [body_of(method, prompt, (), None, sampling) for prompt in prompts]
 
 
 ##### What is answered

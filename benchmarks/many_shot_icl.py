@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from benchmarks.common import demonstrations, invented
 from benchmarks.common.data import Unavailable
 from benchmarks.common.demonstrations import Example, Examples
+from benchmarks.common.forms import warm_examples
 from benchmarks.common.options import parser_of
 from benchmarks.common.prompts import Encoder
 from benchmarks.common.quality import (
@@ -95,10 +96,14 @@ def level(encoder: Encoder, data: Examples, shots: int, args: argparse.Namespace
     chosen = demonstrations.first_shots(data, shots, args.seed)
     texts = contexts(chosen, data.labels, args.per_context)
     half = tuple(range((len(texts) + 1) // 2))
+    items = warm_examples(data.labels)[: getattr(args, "warm_items", 0)]
+    warm = "".join(shown(example, data.labels) for example in items)
     questions = [
         Question(
             text=example.text,
-            prompt=encoder.prompt(instruction(data.labels), texts, asked(example, data.labels)),
+            prompt=encoder.prompt(
+                instruction(data.labels), texts, asked(example, data.labels), warm
+            ),
             half=half,
             accepted=(example.answer,),
         )

@@ -19,6 +19,8 @@ Data sets, for --data, are JSONL files (.gz is read too) with "question" and "an
 - "gold" and "distractors", numbers of documents in the file of --collection ("doc", "title",
   "text").
 
+Two more forms, of facts instead of documents, stand in benchmarks/common/passages.py.
+
   python -m benchmarks.rag_qa --quick
   python -m benchmarks.rag_qa --model MODEL --chat --data FILE --documents 1 10 50
 
@@ -48,7 +50,7 @@ from benchmarks.common.quality import (
     first_line,
     run,
 )
-from benchmarks.common.scores import exact_match, f1, sub_span_match
+from benchmarks.common.scores import every_span_match, exact_match, f1, sub_span_match
 from benchmarks.common.script import exit_status
 
 NAME = "rag_qa"
@@ -56,12 +58,12 @@ DOCUMENTS, QUICK_DOCUMENTS = [1, 10, 50], [1, 4, 16]
 QUICK_WINDOW = 1024  # less than the documents of the last level hold
 QUICK_COLLECTION = 32
 QUICK_QUESTIONS = 6
-ANSWER_TOKENS = 32
 INSTRUCTION = (
     "Read the documents, if there are any, and answer the question with a name, a number or a few "
     "words.\n\n"
 )
 SCORES = {"sub-span": sub_span_match, "exact": exact_match, "F1": f1}
+SCORES_OF_ALL = {"every span": every_span_match}
 
 
 def shown(passage: Passage) -> str:
@@ -71,7 +73,12 @@ def shown(passage: Passage) -> str:
 
 
 def question(
-    encoder: Encoder, one: OpenQuestion, collection: Sequence[Passage], count: int, seed: int
+    encoder: Encoder,
+    one: OpenQuestion,
+    collection: Sequence[Passage],
+    count: int,
+    seed: int,
+    warm: Sequence[Passage] = (),
 ) -> Question:
     """A question over so many documents, in a random order; none for the level without any."""
     ranked = passages.ranking(one, collection, count, seed) if count else []
@@ -83,9 +90,11 @@ def question(
             INSTRUCTION,
             [shown(ranked[rank]) for rank in order],
             f"Question: {one.text}\nAnswer:",
+            "".join(map(shown, warm)),
         ),
         half=tuple(place for place, rank in enumerate(order) if rank < better),
         accepted=one.answers,
+        gold=tuple(place for place, rank in enumerate(order) if rank < len(one.needed)),
     )
 
 
@@ -104,19 +113,24 @@ def chosen(data: OpenQuestions, args: argparse.Namespace) -> list[OpenQuestion]:
 
 def level(encoder: Encoder, data: OpenQuestions, count: int, args: argparse.Namespace) -> Level:
     """All questions over so many documents."""
+    warm = data.form.warm[: getattr(args, "warm_items", 0)]
     asked = [
-        question(encoder, one, data.collection, count, args.seed) for one in chosen(data, args)
+        question(encoder, one, data.collection, count, args.seed, warm)
+        for one in chosen(data, args)
     ]
     return Level(count, f"{count} document{'' if count == 1 else 's'}", asked, reordered=True)
 
 
-def subject(data: OpenQuestions, args: argparse.Namespace) -> Subject:
-    """A data set at all numbers of documents, none included."""
-    stop = [] if args.chat else ["\n"]
-    task = Task(SCORES, first_line, {"max_new_tokens": ANSWER_TOKENS, "stop": stop})
+def subject(data: OpenQuestions, args: argparse.Namespace, counts: Sequence[int]) -> Subject:
+    """A data set at some numbers of documents, and at none."""
+    sampling = {
+        "max_new_tokens": data.form.answer_tokens,
+        "stop": [] if args.chat else ["\n"],
+    }
+    task = Task(SCORES_OF_ALL if data.form.needs_all else SCORES, first_line, sampling)
 
     def levels(encoder: Encoder) -> list[Level]:
-        return [level(encoder, data, count, args) for count in sorted({0, *args.documents})]
+        return [level(encoder, data, count, args) for count in sorted({0, *counts})]
 
     return Subject(data.name, "documents", task, levels)
 
@@ -146,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         found = [invented.places(args.seed, QUICK_COLLECTION)]
     flags = ["--context-length", str(QUICK_WINDOW)] if args.quick else []
-    run(args, parser, NAME, [subject(data, args) for data in found], flags)
+    run(args, parser, NAME, [subject(data, args, args.documents) for data in found], flags)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Texts of our own making, generated from a seed, for runs without any data set.
 
-Requests to a town hall, to be classified; and documents on places that do not exist, with
-questions whose short answer stands in one document only.
+Requests to a town hall, to be classified; documents on places that do not exist, with questions
+whose short answer stands in one document only; and questions that need two facts.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import random
 from collections.abc import Iterator
 from itertools import count, product
 
+from benchmarks.common import forms
 from benchmarks.common.demonstrations import Example, Examples
 from benchmarks.common.passages import OpenQuestion, OpenQuestions, Passage
 
 ASKED = 0.25  # of the invented requests
 NAME = "invented"
+TWO_CODES, TWO_HOPS = "two-codes", "two-hops"
 
 _REQUESTS = {
     "lost property": (
@@ -125,6 +127,55 @@ def places(seed: int, documents: int) -> OpenQuestions:
             questions.append(OpenQuestion(question, (answer,), passage, others))
     drawn.shuffle(questions)
     return OpenQuestions(NAME, tuple(questions), tuple(one.gold for one in questions))
+
+
+def two_codes(seed: int, questions: int) -> OpenQuestions:
+    """Questions for two codes, both of whose owners are named; each fact is a context.
+
+    Args:
+        seed: of names and codes.
+        questions: how many, up to a few hundred.
+    """
+    drawn = random.Random(f"two codes {seed}")
+    names = [
+        f"{''.join(town)} {kind}" for town in product(_STARTS, _MIDDLES, _ENDS) for kind in _KINDS
+    ]
+    chosen = drawn.sample(names, 2 * questions)
+    codes = [str(code) for code in drawn.sample(range(1000, 10_000), 2 * questions)]
+    facts = [Passage("", forms.code_sentence(*fact)) for fact in zip(chosen, codes, strict=True)]
+    made = [
+        OpenQuestion(
+            f"What are the secret codes of the {chosen[i]} and of the {chosen[i + 1]}?",
+            (codes[i], codes[i + 1]),
+            facts[i],
+            (),
+            (facts[i + 1],),
+        )
+        for i in range(0, len(facts), 2)
+    ]
+    return OpenQuestions(TWO_CODES, tuple(made), tuple(facts), forms.TWO_CODES)
+
+
+def two_hops(seed: int, questions: int) -> OpenQuestions:
+    """Questions whose answer is about a person that only another context names.
+
+    Args:
+        seed: of names.
+        questions: how many, up to a few hundred.
+    """
+    drawn = random.Random(f"two hops {seed}")
+    towns = ["".join(parts) for parts in product(_STARTS, _MIDDLES, _ENDS)]
+    drawn.shuffle(towns)
+    homes, births = towns[:questions], towns[questions : 2 * questions]
+    made, facts = [], []
+    for home, birth, person in zip(homes, births, _people(drawn), strict=False):
+        place = f"{home} {drawn.choice(list(_KINDS))}"
+        keeper = Passage("", forms.keeper_sentence(place, person))
+        born = Passage("", forms.birth_sentence(person, birth))
+        text = f"In which town was the person born who looks after the {place}?"
+        made.append(OpenQuestion(text, (birth,), born, (), (keeper,)))
+        facts += [keeper, born]
+    return OpenQuestions(TWO_HOPS, tuple(made), tuple(facts), forms.TWO_HOPS)
 
 
 def _people(drawn: random.Random) -> Iterator[str]:

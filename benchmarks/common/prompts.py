@@ -18,6 +18,12 @@ class Prompt(NamedTuple):
     prefix: Ids
     contexts: tuple[Ids, ...]
     query: Ids
+    warm: tuple[int, ...] = ()  # invented items in the format of the contexts, for the end of P
+
+    @property
+    def warmed(self) -> Prompt:
+        """The prompt with its warm items at the end of P."""
+        return self._replace(prefix=[*self.prefix, *self.warm], warm=())
 
     @property
     def tokens(self) -> int:
@@ -51,24 +57,28 @@ class Encoder:
         self._marker = ContextMarker(self._tokenizer) if chat else None
         self._contexts: dict[str, Ids] = {}
 
-    def prompt(self, instruction: str, contexts: Sequence[str], query: str) -> Prompt:
+    def prompt(
+        self, instruction: str, contexts: Sequence[str], query: str, warm: str = ""
+    ) -> Prompt:
         """Encode one question.
 
         Args:
             instruction: goes before the contexts; plain text ends it with its own line breaks.
             contexts: each with its own line breaks.
             query: what follows them.
+            warm: items for the end of P, with their own line breaks.
         """
         parts = tuple(map(self._context, contexts))
+        items = tuple(self._context(warm)) if warm else ()
         if self._marker is None:
             prefix = self._tokenizer.encode(instruction, add_special_tokens=True)
-            return Prompt(prefix, parts, self._plain(query))
+            return Prompt(prefix, parts, self._plain(query), items)
         messages = [{"role": "system", "content": instruction}, {"role": "user", "content": query}]
         text = self._tokenizer.apply_chat_template(
             self._marker.mark(messages), add_generation_prompt=True, tokenize=False
         )
         prefix, after = self._marker.split(self._plain(text))
-        return Prompt(prefix, parts, after)
+        return Prompt(prefix, parts, after, items)
 
     def _context(self, text: str) -> Ids:
         if text not in self._contexts:

@@ -105,7 +105,8 @@ class Line(NamedTuple):
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    spread: Sequence[float] | None = None  # half of an error bar's length
+    # Half of an error bar's length, or its lengths below and above.
+    spread: Sequence[float] | tuple[Sequence[float], Sequence[float]] | None = None
 
 
 class Axes(NamedTuple):

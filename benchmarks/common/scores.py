@@ -33,6 +33,12 @@ def sub_span_match(answer: str, accepted: Sequence[str]) -> float:
     return float(holds(normalised(answer), accepted))
 
 
+def every_span_match(answer: str, accepted: Sequence[str]) -> float:
+    """1 if each of the given texts stands somewhere in this one, as whole words."""
+    words = normalised(answer)
+    return float(all(holds(words, [text]) for text in accepted))
+
+
 def holds(words: str, accepted: Iterable[str]) -> bool:
     """Whether an accepted answer stands in a text that is normalised already."""
     spans = (normalised(text) for text in accepted)

@@ -12,10 +12,12 @@ from benchmarks.common.controls import (
     REFERENCE_CONTEXTS,
     REFERENCE_TOKENS,
     ControlError,
-    check_one_context,
+    check_alike,
     check_parallel,
+    check_scored,
+    check_scores,
 )
-from benchmarks.common.methods import Method, body_of
+from benchmarks.common.methods import LEAST_SOFT, Method, Rungs, body_of
 from benchmarks.common.prompts import Encoder, Ids, Prompt
 from benchmarks.common.reference import Reference, layout
 
@@ -65,24 +67,46 @@ def test_reference_joins_one_context_as_a_sequence(reference: Reference) -> None
 def test_every_method_asks_the_same_tokens(tiny_llama: Path, chat: bool) -> None:
     encoder = Encoder(str(tiny_llama), chat)
     texts = ["The keeper trims the lamp.\n", "Snow falls in winter.\n", "Tin melts.\n"]
-    prompt = encoder.prompt("Answer shortly.\n", texts, "Question: who?\nAnswer:")
+    prompt = encoder.prompt("Answer shortly.\n", texts, "Question: who?\nAnswer:", "It rains.\n")
     assert list(prompt.contexts) == [encoder.prompt("x", [text], "y").contexts[0] for text in texts]
 
     def body(method: Method) -> dict[str, Any]:
-        return body_of(method, prompt, (0, 2), {"temperature": 0.9, "scale": 0.9}, {})
+        return body_of(method, prompt, (0, 2), Rungs(0.9, 0.8, soft=0.1, refine=2), {})
 
     sequence = body(Method.SEQUENTIAL)["input_ids"]
     assert len(sequence) == prompt.tokens
-    for method in (Method.ONE_CONTEXT, Method.PARALLEL, Method.APE):
+    warm = (Method.WARM, Method.WARM_SOFT)
+    for method in Method:
         own = body(method)
-        joined = [token for context in own["contexts"] for token in context["input_ids"]]
-        assert [*own["prefix_ids"], *joined, *own["input_ids"]] == sequence
+        if "contexts" in own and method not in warm:
+            joined = [token for context in own["contexts"] for token in context["input_ids"]]
+            assert [*own["prefix_ids"], *joined, *own["input_ids"]] == sequence
+    items = encoder.prompt("x", ["It rains.\n"], "y").contexts[0]
+    for method in warm:
+        assert body(method)["prefix_ids"] == [*prompt.prefix, *items]
+        assert {**body(method), "ape": 0, "prefix_ids": 0} == {
+            **body(Method.APE),
+            "ape": 0,
+            "prefix_ids": 0,
+        }
     kept = [*prompt.contexts[0], *prompt.contexts[2]]
     assert body(Method.HALF)["input_ids"] == [*prompt.prefix, *kept, *prompt.query]
     assert body(Method.NONE)["input_ids"] == [*prompt.prefix, *prompt.query]
     assert len(body(Method.ONE_CONTEXT)["contexts"]) == 1
+
+    def options(method: Method) -> tuple[float, ...]:
+        ape = body(method)["ape"]
+        return tuple(ape[name] for name in ("temperature", "scale", "soft", "refine"))
+
     for method in (Method.ONE_CONTEXT, Method.PARALLEL):
-        assert body(method)["ape"] == {"temperature": 1.0, "scale": 1.0}
+        assert options(method) == (1, 1, 0, 0)
+    for method in (Method.APE, Method.WARM, Method.NO_SOFT):
+        assert options(method) == (0.9, 0.8, 0, 0)
+    assert options(Method.SOFT) == options(Method.WARM_SOFT) == (0.9, 0.8, 0.1, 0)
+    assert options(Method.LEAST_SOFT) == (0.9, 0.8, LEAST_SOFT, 0)
+    assert options(Method.REFINE) == (0.9, 0.8, 0, 2)
+    assert options(Method.REFINE_ALL) == (0.9, 0.8, 0, 3)
+    assert body_of(Method.APE, prompt, (), None, {})["ape"] == {}
 
 
 ##### One context
@@ -90,6 +114,10 @@ def test_every_method_asks_the_same_tokens(tiny_llama: Path, chat: bool) -> None
 
 def texts(*given: str) -> list[dict[str, str]]:
     return [{"text": text} for text in given]
+
+
+def check_one_context(sequential: Any, one_context: Any, again: Any) -> str:
+    return check_alike(Method.SEQUENTIAL, sequential, Method.ONE_CONTEXT, one_context, again)
 
 
 def never(method: Method, index: int) -> str:
@@ -118,6 +146,75 @@ def test_one_context_fails() -> None:
         check_one_context(texts("a"), [Refused("too long")], never)
 
 
+@pytest.mark.parametrize(
+    ("known", "checked"),
+    [
+        (Method.SEQUENTIAL, Method.REFINE_ALL),
+        (Method.APE, Method.LEAST_SOFT),
+        (Method.APE, Method.NO_SOFT),
+    ],
+)
+def test_rungs_that_must_change_nothing(known: Method, checked: Method) -> None:
+    same = texts("a", "b")
+    assert check_alike(known, same, checked, same, never).startswith("2 of 2")
+    with pytest.raises(ControlError, match=r"question 1: (refine|soft) with"):
+        check_alike(known, same, checked, texts("a", "c"), lambda method, index: method.value)
+
+
+##### Scores
+
+
+class ScoringServer:
+    """Scores of -1, -2, … for the contexts of a request."""
+
+    def __init__(self, error: float = 0.0, drops: int = 0) -> None:
+        self.error = error
+        self.drops = drops
+
+    def generate(self, bodies: Sequence[dict[str, Any]]) -> list[Any]:
+        assert bodies[0]["ape"]["soft"] == LEAST_SOFT
+        count = len(bodies[0]["contexts"]) - self.drops
+        scores = [{"id": f"ctx-{i}", "score": -1.0 - i + self.error} for i in range(count)]
+        return [{"text": "", "meta_info": {"contexts": scores}}]
+
+
+class QueryReference:
+    """The true scores of :class:`ScoringServer`, in three tokens each."""
+
+    def logprobs(self, prompt: Prompt, answer: Ids, parallel: bool) -> list[float]:
+        assert (prompt.prefix, answer, prompt.query, parallel) == ([1, 2], [9, 10, 11], [], False)
+        return 3 * [(-1.0 - [[3, 4, 5], [6], [7, 8]].index(prompt.contexts[0])) / 3]
+
+
+def scores_seen(server: ScoringServer, dtype: str = "float32") -> str:
+    given: Any = server
+    reference: Any = QueryReference()
+    return check_scores(given, reference, [PROMPT], dtype)
+
+
+def test_scores_hold_within_rounding() -> None:
+    assert scores_seen(ScoringServer()).startswith("3 scores within")
+    assert scores_seen(ScoringServer(0.01), "bfloat16").startswith("3 scores within 0.01")
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        (ScoringServer(error=0.01), "not log P"),
+        (ScoringServer(drops=1), "question 0: 2 scores for 3 contexts"),
+    ],
+)
+def test_wrong_scores_fail(server: ScoringServer, message: str) -> None:
+    with pytest.raises(ControlError, match=message):
+        scores_seen(server)
+
+
+def test_one_context_needs_no_score() -> None:
+    check_scored(
+        [{"meta_info": {}}, Refused("too long")], [PROMPT._replace(contexts=([3],)), PROMPT]
+    )
+
+
 ##### Parallel
 
 
@@ -143,7 +240,7 @@ class FakeClient:
     def generate(self, bodies: Sequence[dict[str, Any]]) -> list[Any]:
         if self.refuses:
             return [Refused("no")]
-        assert bodies[0]["ape"] == {"temperature": 1.0, "scale": 1.0}
+        assert bodies[0]["ape"]["temperature"] == bodies[0]["ape"]["scale"] == 1.0
         tokens = [[-0.1 * i + self.error, 20 + i, None] for i in range(8)]
         return [{"text": "", "meta_info": {"output_token_logprobs": tokens}}]
 
