@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_speed.texts import Prompt
@@ -13,9 +13,15 @@ from benchmarks.gpu_speed.timing import Stream
 TEMPERATURE = SCALE = 0.9  # of APE's contexts
 
 
+Rung = Mapping[str, float]  # ``soft`` or ``refine`` of the field ``ape``
+NO_RUNG: Rung = {}
+
+
 class Answer(NamedTuple):
     seconds: float
     cached_tokens: int
+    scored_tokens: int = 0
+    refined_tokens: int = 0
 
 
 class Client:
@@ -25,18 +31,29 @@ class Client:
         self._engine = engine
         self.parallel = parallel
 
-    def first_token(self, prompt: Prompt) -> Answer:
+    def first_token(self, prompt: Prompt, rung: Rung = NO_RUNG) -> Answer:
         """The whole ``Engine.generate`` call for one token."""
-        call = self._call(prompt, new_tokens=1)
+        call = self._call(prompt, 1, rung)
         start = time.perf_counter()
-        answer = self._engine.generate(**call)
-        return Answer(time.perf_counter() - start, answer["meta_info"]["cached_tokens"])
+        meta = self._engine.generate(**call)["meta_info"]
+        seconds = time.perf_counter() - start
+        spent = meta.get("ape", {})
+        return Answer(
+            seconds,
+            meta["cached_tokens"],
+            spent.get("scored_tokens", 0),
+            spent.get("refined_tokens", 0),
+        )
 
     def stream(
-        self, prompts: Sequence[Prompt], new_tokens: Sequence[int], delays: Sequence[float] = ()
+        self,
+        prompts: Sequence[Prompt],
+        new_tokens: Sequence[int],
+        delays: Sequence[float] = (),
+        rung: Rung = NO_RUNG,
     ) -> list[Stream]:
         """Send requests at once, or each after its delay, and note when their tokens arrive."""
-        calls = [self._call(*request) for request in zip(prompts, new_tokens, strict=True)]
+        calls = [self._call(*request, rung) for request in zip(prompts, new_tokens, strict=True)]
         return self._engine.loop.run_until_complete(
             self._stream_all(calls, delays or [0.0] * len(calls))
         )
@@ -53,7 +70,7 @@ class Client:
             time.sleep(0.1)
         raise RuntimeError("the cache could not be flushed: requests are still running")
 
-    def _call(self, prompt: Prompt, new_tokens: int) -> dict[str, Any]:
+    def _call(self, prompt: Prompt, new_tokens: int, rung: Rung = NO_RUNG) -> dict[str, Any]:
         sampling = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
         if not self.parallel or not prompt.documents.contexts:
             return {"input_ids": prompt.sequence, "sampling_params": sampling}
@@ -61,7 +78,7 @@ class Client:
             "input_ids": prompt.query,
             "prefix_ids": prompt.documents.prefix,
             "contexts": [{"input_ids": ids} for ids in prompt.documents.contexts],
-            "ape": {"temperature": TEMPERATURE, "scale": SCALE},
+            "ape": {"temperature": TEMPERATURE, "scale": SCALE, **rung},
             "sampling_params": sampling,
         }
 

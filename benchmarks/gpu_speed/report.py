@@ -30,6 +30,7 @@ class Comparison(NamedTuple):
 
 COST = Comparison("{:.3f}", lambda ape, stock: ape / stock, "≤", operator.le)
 GAIN = Comparison("{:.2f} times as fast", lambda ape, stock: stock / ape, "≥", operator.ge)
+MORE = Comparison("{:+.3f} s", lambda ape, stock: ape - stock, "≤", operator.le)
 EXTRA = Comparison("{:+.1f} s", lambda ape, stock: ape - stock, "≤", operator.le)
 
 
@@ -190,6 +191,44 @@ def compare(figure: Figure, ape: Value | None, stock: Value | None, engine: str)
     return f"{shown} ({kind.sign} {target:g}: {verdict})"
 
 
+def ladder_rows(records: dict[str, dict[str, Any]], scale: Scale) -> list[list[str]]:
+    """Rungs of the quality ladder beside the same requests without them, on the APE engine."""
+    record, ladder = records.get("ape"), scale.ladder
+    warm, soft, refine, prefill = (
+        value_of(record, f"ladder/{key}")
+        for key in ("ttft/warm", "ttft/soft", "ttft/refine", "prefill")
+    )
+    bound = None
+    if warm and soft and prefill:
+        bound = Value(soft.number - warm.number + prefill.number, None)
+    rows = [
+        _rung_row("first token, soft", soft, warm, MORE, 0.30),
+        _rung_row(f"first token, refine {ladder.refine}", refine, warm, MORE, None),
+        _rung_row(
+            f"first token, refine {ladder.refine}, beside scoring (soft less none) and a plain "
+            f"prefill of {ladder.refine * scale.context} tokens more",
+            refine,
+            bound,
+            COST,
+            1.0,
+        ),
+    ]
+    for batch in ladder.batches:
+        without, biased = (
+            value_of(record, f"ladder/decode/{batch}/{name}") for name in ("warm", "soft")
+        )
+        rows.append(_rung_row(f"decode step, soft, batch of {batch}", biased, without, COST, 1.03))
+    return [row for row in rows if row[1] != NONE]
+
+
+def _rung_row(
+    title: str, own: Value | None, other: Value | None, kind: Comparison, target: float | None
+) -> list[str]:
+    figure = Figure(title, "", "", "ms", kind, {} if target is None else {"ape": target})
+    beside = NONE if other is None else show_value(other, "ms").replace("estimate", "sum")
+    return [title, show_value(own, "ms"), beside, compare(figure, own, other, "ape")]
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -266,6 +305,13 @@ def report(records: dict[str, dict[str, Any]]) -> str:
         header = ["", "ape", *others, *(f"against {name}" for name in others)]
         table = markdown_table(header, [_row(row, records, others) for row in rows])
         parts += [f"### {title}", table]
+    rungs = ladder_rows(records, scale)
+    if rungs:
+        title = (
+            f"### The quality ladder: {scale.ladder.contexts} cached contexts of {scale.context}, "
+            f"a query of {scale.ladder.query}"
+        )
+        parts += [title, markdown_table(["", "with", "beside", ""], rungs)]
     rows_of_floors = floor_rows(records, scale)
     if rows_of_floors:
         header = ["", "engine", "work", "floor", "measured", "share reached"]

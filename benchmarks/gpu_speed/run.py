@@ -18,7 +18,7 @@ from benchmarks.gpu_speed.record import Record
 from benchmarks.gpu_speed.scale import Scale
 from benchmarks.gpu_speed.sections import Sections
 
-SECTIONS = ("floor", "plain", "cold", "ttft", "decode", "overlap", "e2e", "memory")
+SECTIONS = ("floor", "plain", "cold", "ttft", "decode", "overlap", "ladder", "e2e", "memory")
 _WITHOUT_ENGINE = ("floor", "memory")
 
 

@@ -31,6 +31,17 @@ class Overlap(NamedTuple):
         return f"overlap/{self.taken}{kind}{self.contexts}x{self.batch}"
 
 
+class Ladder(NamedTuple):
+    """Requests over cached contexts with and without the rungs of the quality ladder."""
+
+    contexts: int
+    query: int
+    soft: float  # λ
+    refine: int  # m
+    repeats: int  # of each time to the first token
+    batches: tuple[int, ...]  # of decode steps
+
+
 class Scale(NamedTuple):
     name: str
     shape: Shape
@@ -44,6 +55,7 @@ class Scale(NamedTuple):
     cold: dict[int, int]
     decode: tuple[tuple[int, int], ...]  # (length of all contexts, batch)
     overlap: tuple[Overlap, ...]
+    ladder: Ladder
     decode_tokens: int
     decode_repeats: int
     e2e_length: int
@@ -58,7 +70,8 @@ class Scale(NamedTuple):
     @property
     def longest(self) -> int:
         lengths = [*self.ttft, *self.cold, *(length for length, _ in self.decode)]
-        return max([*lengths, *(case.taken * self.context for case in self.overlap)])
+        counts = [self.ladder.contexts, *(case.taken for case in self.overlap)]
+        return max(*lengths, *(count * self.context for count in counts))
 
 
 K = 1024
@@ -81,6 +94,7 @@ FULL = Scale(
         Overlap(32, 32, 1),
         Overlap(64, 8, 8, disjoint=True),
     ),
+    ladder=Ladder(128, 64, soft=0.1, refine=2, repeats=7, batches=(1, 8)),
     decode_tokens=96,
     decode_repeats=2,
     e2e_length=128 * K,
@@ -106,6 +120,7 @@ TINY_SCALE = Scale(
     cold={64: 2, 128: 2},
     decode=((64, 1), (64, 2), (128, 1)),
     overlap=(Overlap(4, 2, 3), Overlap(4, 2, 2, disjoint=True)),
+    ladder=Ladder(4, 8, soft=0.1, refine=2, repeats=2, batches=(1, 2)),
     decode_tokens=12,
     decode_repeats=2,
     e2e_length=128,

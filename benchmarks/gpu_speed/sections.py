@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from benchmarks.gpu_speed.client import Client
+from benchmarks.gpu_speed.client import NO_RUNG, Client, Rung
 from benchmarks.gpu_speed.record import Record
 from benchmarks.gpu_speed.scale import Overlap, Scale
 from benchmarks.gpu_speed.texts import Documents, Prompt, Texts
@@ -124,6 +124,59 @@ class Sections:
                 prompts = [self._some(documents, case, i) for i in range(case.batch)]
                 self._decode(case.name, prompts, self._some(documents, case, 0).documents)
 
+    def ladder(self) -> None:
+        """What soft and refine cost over cached contexts; APE only.
+
+        Time to the first token of a fresh query, so that no score is known: without a rung, with
+        soft and with refine, in turn. Beside it a plain prompt that prefills as many tokens as the
+        refined contexts have, behind the cached P. Then the time between tokens with and without
+        soft; there the queries' scores are known before, so that a batch decodes together.
+        """
+        if not self._client.parallel:
+            return
+        ladder = self._scale.ladder
+        documents = self._ensure_cached(ladder.contexts * self._scale.context)
+        rungs: dict[str, Rung] = {
+            "warm": NO_RUNG,
+            "soft": {"soft": ladder.soft},
+            "refine": {"refine": ladder.refine},
+        }
+        for repeat in range(TTFT_WARM_UP + ladder.repeats):
+            for name, rung in rungs.items():
+                self._rung(f"ladder/ttft/{name}", rung, documents, repeat >= TTFT_WARM_UP)
+            more = self._texts.ids(ladder.refine * self._scale.context + ladder.query)
+            plain = Prompt(Documents([], []), [*documents.prefix, *more])
+            answer = self._client.first_token(plain)
+            if repeat >= TTFT_WARM_UP:
+                self._check_miss("ladder/prefill", answer.cached_tokens, len(documents.prefix))
+                self._record.add("ladder/prefill", [answer.seconds])
+        for figure in (*(f"ladder/ttft/{name}" for name in rungs), "ladder/prefill"):
+            self._say(figure)
+        for batch in ladder.batches:
+            for _ in range(self._scale.decode_repeats):
+                self._decode_ladder(batch, documents)
+
+    def _rung(self, figure: str, rung: Rung, documents: Documents, is_timed: bool) -> None:
+        ladder = self._scale.ladder
+        answer = self._client.first_token(self._ask(documents, ladder.query), rung)
+        expected = ladder.contexts * ladder.query if rung else 0
+        if answer.scored_tokens != expected:
+            self._record.warn(f"{figure}: {answer.scored_tokens} tokens scored, not {expected}")
+        if "refine" not in rung:
+            self._check_hit(figure, answer.cached_tokens, documents)
+        elif not 0 < answer.refined_tokens <= ladder.refine * self._scale.context:
+            self._record.warn(f"{figure}: {answer.refined_tokens} tokens of contexts computed")
+        if is_timed:
+            self._record.add(figure, [answer.seconds])
+
+    def _decode_ladder(self, batch: int, documents: Documents) -> None:
+        soft: Rung = {"soft": self._scale.ladder.soft}
+        prompts = [self._ask(documents, self._scale.ladder.query) for _ in range(batch)]
+        for prompt in prompts:
+            self._client.first_token(prompt, soft)
+        for name, rung in (("warm", NO_RUNG), ("soft", soft)):
+            self._decode(f"ladder/decode/{batch}/{name}", prompts, documents, rung)
+
     def e2e(self) -> None:
         """A short question and a long answer, from sending to the last token of the batch.
 
@@ -179,11 +232,15 @@ class Sections:
         self._say("plain/mixed/total")
 
     def _decode(
-        self, figure: str, prompts: Sequence[Prompt], cached: Documents | None = None
+        self,
+        figure: str,
+        prompts: Sequence[Prompt],
+        cached: Documents | None = None,
+        rung: Rung = NO_RUNG,
     ) -> None:
         """One batch; again with answers twice as long if they hardly overlapped."""
         for tokens in (self._scale.decode_tokens, 2 * self._scale.decode_tokens):
-            streams = self._client.stream(prompts, [tokens] * len(prompts))
+            streams = self._client.stream(prompts, [tokens] * len(prompts), rung=rung)
             intervals = common_decode_intervals(streams)
             if len(intervals) >= ENOUGH_STEPS * tokens * len(prompts):
                 break
@@ -200,10 +257,10 @@ class Sections:
         context = self._scale.context
         return self._texts.documents(self._scale.prefix, length // context, context)
 
-    def _ask(self, documents: Documents) -> Prompt:
+    def _ask(self, documents: Documents, query: int | None = None) -> Prompt:
         """A fresh query over documents; APE gets them in a new order."""
         order = self._texts.shuffled(documents) if self._client.parallel else documents
-        return Prompt(order, self._texts.ids(self._scale.query))
+        return Prompt(order, self._texts.ids(query or self._scale.query))
 
     def _some(self, documents: Documents, case: Overlap, request: int) -> Prompt:
         """A fresh query over some of the documents."""

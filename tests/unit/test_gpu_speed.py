@@ -1,5 +1,6 @@
 """The speed benchmark's own arithmetic: operation counts, decode steps, ratios, tables."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ from benchmarks.gpu_speed.report import (
     compare,
     figures,
     floor_rows,
+    ladder_rows,
     report,
     show_value,
     value_of,
 )
 from benchmarks.gpu_speed.run import engine_arguments
 from benchmarks.gpu_speed.scale import FULL, TINY_SCALE
+from benchmarks.gpu_speed.sections import Sections
 from benchmarks.gpu_speed.texts import Documents, Prompt, Texts
 from benchmarks.gpu_speed.timing import (
     Stream,
@@ -145,6 +148,109 @@ def test_contexts_go_out_as_contexts_or_as_one_sequence() -> None:
     assert (call["prefix_ids"], call["input_ids"]) == ([1], [5])
     assert call["contexts"] == [{"input_ids": [2, 3]}, {"input_ids": [4]}]
     assert "contexts" not in Client(None, parallel=True)._call(Prompt(Documents([], []), [5]), 1)
+
+
+def test_a_rung_goes_out_beside_temperature_and_scale() -> None:
+    prompt = Prompt(Documents([1], [[2, 3], [4]]), [5])
+    client = Client(None, parallel=True)
+    assert client._call(prompt, 1)["ape"] == {"temperature": 0.9, "scale": 0.9}
+    assert client._call(prompt, 1, {"soft": 0.1})["ape"]["soft"] == 0.1
+    assert "ape" not in client._call(Prompt(Documents([], []), [5]), 1, {"soft": 0.1})
+
+
+class ScoringEngine:
+    """Serves APE calls out of a cache that holds everything but queries and plain prompts."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.known: set[tuple[int, ...]] = set()
+        self.loop = asyncio.new_event_loop()
+
+    def generate(self, **call: Any) -> dict[str, Any]:
+        self.calls.append(call)
+        lengths = [len(context["input_ids"]) for context in call.get("contexts", [])]
+        ape, query = call.get("ape", {}), tuple(call["input_ids"])
+        rung = ape.get("soft") or ape.get("refine")
+        scored = len(lengths) * len(query) if rung and query not in self.known else 0
+        self.known |= {query} if rung else set()
+        cached = len(call.get("prefix_ids", [])) + sum(lengths) if len(self.calls) > 1 else 0
+        refined = sum(lengths[: ape.get("refine", 0)])
+        usage = {"scored_tokens": scored, "refined_tokens": refined}
+        tokens = call["sampling_params"]["max_new_tokens"]
+        return {"meta_info": {"cached_tokens": cached, "completion_tokens": tokens, "ape": usage}}
+
+    async def async_generate(self, stream: bool, **call: Any) -> Any:
+        last = self.generate(**call)["meta_info"]
+
+        async def chunks() -> Any:
+            for tokens in range(1, last["completion_tokens"] + 1):
+                await asyncio.sleep(0)
+                yield {"meta_info": last | {"completion_tokens": tokens}}
+
+        return chunks()
+
+
+def test_the_ladder_asks_nothing_twice_and_decodes_with_known_scores(tmp_path: Path) -> None:
+    engine, record = ScoringEngine(), Record(tmp_path / "run.json", {"engine": "ape"})
+    client = Client(engine, parallel=True)
+    Sections(client, record, TINY_SCALE, seed=0, skip_largest_batch=False).ladder()
+    engine.loop.close()
+    ladder = TINY_SCALE.ladder
+    assert record.content["warnings"] == []
+    samples = record.content["samples"]
+    for name in ("ttft/warm", "ttft/soft", "ttft/refine", "prefill"):
+        assert len(samples[f"ladder/{name}"]) == ladder.repeats
+    for batch in ladder.batches:
+        for name in ("warm", "soft"):
+            assert samples[f"ladder/decode/{batch}/{name}"]
+    singles = [call for call in engine.calls if call["sampling_params"]["max_new_tokens"] == 1]
+    queries = [tuple(call["input_ids"]) for call in singles]
+    assert len(set(queries)) == len(queries)
+    plain = [call for call in singles[1:] if "contexts" not in call]
+    more = TINY_SCALE.prefix + ladder.refine * TINY_SCALE.context + ladder.query
+    assert {len(call["input_ids"]) for call in plain} == {more}
+
+
+def test_the_ladder_says_when_its_requests_were_not_what_they_should_be(tmp_path: Path) -> None:
+    class Unscored(ScoringEngine):
+        def generate(self, **call: Any) -> dict[str, Any]:
+            answer = super().generate(**call)
+            answer["meta_info"]["ape"] = {"scored_tokens": 0, "refined_tokens": 0}
+            return answer
+
+    engine, record = Unscored(), Record(tmp_path / "run.json", {"engine": "ape"})
+    client = Client(engine, parallel=True)
+    Sections(client, record, TINY_SCALE, seed=0, skip_largest_batch=False).ladder()
+    engine.loop.close()
+    warnings = "\n".join(record.content["warnings"])
+    assert "ladder/ttft/soft: 0 tokens scored, not 32" in warnings
+    assert "ladder/ttft/refine: 0 tokens of contexts computed" in warnings
+
+
+def test_the_ladder_is_not_for_stock_engines(tmp_path: Path) -> None:
+    record = Record(tmp_path / "run.json", {"engine": "fa3"})
+    client = Client(None, parallel=False)
+    Sections(client, record, TINY_SCALE, seed=0, skip_largest_batch=False).ladder()
+    assert record.content["samples"] == {}
+
+
+def test_rungs_are_reported_beside_requests_without_them(tmp_path: Path) -> None:
+    samples = {
+        "ladder/ttft/warm": [0.08],
+        "ladder/ttft/soft": [0.38],
+        "ladder/ttft/refine": [0.4],
+        "ladder/prefill": [0.06],
+        "ladder/decode/1/warm": [0.01],
+        "ladder/decode/1/soft": [0.0104],
+    }
+    records = read_records([_record(tmp_path, "ape", samples)])
+    soft, refine, bound, decode = ladder_rows(records, FULL)
+    assert soft[1:] == ["380 ms", "80 ms", "+0.300 s (≤ 0.3: met)"]
+    assert refine[3] == "+0.320 s"
+    assert bound[2:] == ["360 ms (sum)", "1.111 (≤ 1: **missed**)"]
+    assert decode[3] == "1.040 (≤ 1.03: **missed**)"
+    assert "### The quality ladder: 128 cached contexts of 1024" in report(records)
+    assert ladder_rows(read_records([_record(tmp_path, "fa3", {"x": [1.0]})]), FULL) == []
 
 
 def test_engines_differ_in_nothing_but_attention_and_ape() -> None:
