@@ -370,7 +370,8 @@ class _Measure:
             own = Method.LEAST_SOFT if dtype == "float32" else Method.NO_SOFT
             asked = self._asked_again(level, own)
             if own is Method.LEAST_SOFT:
-                controls.check_scored(asked, [question.prompt for question in level.questions])
+                prompts = [question.prompt for question in level.questions[: len(asked)]]
+                controls.check_scored(asked, prompts)
             yield own.value, self._alike(level, Method.APE, own, asked)
 
     def _asked_again(self, level: Level, method: Method) -> list[Answer | Refused]:
@@ -533,15 +534,16 @@ def _show(args: argparse.Namespace, subject: Subject, results: Results) -> None:
     rows = [row for row in results.rows if row["data"] == subject.name]
     name = results.content["benchmark"]
     title = f"{name}, {subject.name}" + (f" ({QUICK_NOTE})" if args.quick else "")
-    has_rungs = any(row.get("scored_tokens") or row.get("refined_tokens") for row in rows)
-    show(title, _columns(subject, has_rungs), rows)
+    show(title, _columns(subject), rows)
     print(
         f"±: one standard error of {next(iter(subject.task.scores))}. Tokens: of a prompt. "
         "Computed: prompt tokens of all questions, from an empty\n"
         "cache on. Cold ms: first token with nothing cached. Again ms: with the same contexts "
         f"cached{_order_note(rows)}, and\nanother question; New: prompt tokens computed then."
     )
-    if has_rungs:
+    rungs = [row for row in rows if row.get("scored_tokens") or row.get("refined_tokens")]
+    if rungs:
+        show(f"{title}: what scores took and found", _SCORED, rungs)
         print(
             "Scored, Refined: tokens prefilled a request, beyond contexts and query. Gold: how "
             "often a context with the answer had\nthe highest score, and all of them were among "
@@ -575,7 +577,9 @@ _COMPARED = [
     Column("Worse", "worse"),
     Column("p", "p", "{:.3f}"),
 ]
-_LADDER_COLUMNS = [
+_SCORED = [
+    Column("", "x"),
+    Column("Method", "method"),
     Column("Scored", "scored_tokens", "{:,.0f}"),
     Column("Refined", "refined_tokens", "{:,.0f}"),
     Column("Gold 1st", "gold_first", "{:.2f}"),
@@ -583,7 +587,7 @@ _LADDER_COLUMNS = [
 ]
 
 
-def _columns(subject: Subject, has_rungs: bool) -> list[Column]:
+def _columns(subject: Subject) -> list[Column]:
     return [
         Column(subject.x, "x"),
         Column("Method", "method"),
@@ -596,7 +600,6 @@ def _columns(subject: Subject, has_rungs: bool) -> list[Column]:
         Column("Cold ms", "cold_ms", "{:,.0f}"),
         Column("Again ms", "warm_ms", "{:,.0f}"),
         Column("New", "warm_computed", "{:,.0f}"),
-        *(_LADDER_COLUMNS if has_rungs else ()),
     ]
 
 
