@@ -10,8 +10,9 @@ their ids nor anything in the cache. At the end nothing may be left:
 - KV slots and locks: the server is idle with nothing used, after all pins were deleted, and its
   cache can be flushed.
 - Processes, threads and file handles: none that was not there after a warm-up of the same kind.
-- Tasks: SGLang drains before it ends at SIGTERM, waiting for every request that it still has a
-  state for. It must end. (Requests hold a connection or a state for as long as they have a task.)
+- Tasks of the main process's event loop: likewise.
+- Requests: SGLang drains before it ends at SIGTERM, waiting for every one that it still has a
+  state for. It must end.
 - Memory: from the third quarter of the time to the last, the median grows by less than
   ``LEVEL_BYTES`` a request.
 
@@ -41,7 +42,7 @@ from benchmarks.common.client import Client
 from tests.campaigns.soak_client import HANG_SECONDS, Clients, Outcome, Pool
 from tests.campaigns.soak_jobs import Corpus, Job, Place, make_corpus, make_jobs
 from tests.campaigns.soak_requests import Ask, Draw
-from tests.campaigns.soak_residue import Census, Memory, census, left_over, settled_census
+from tests.campaigns.soak_residue import Census, Memory, Observed, left_over, names_of
 from tests.support import models
 from tests.support.server import Server
 
@@ -145,9 +146,11 @@ def run(plan: Plan, model: Path, folder: Path) -> Tally:
     corpus = make_corpus(plan.seed)
     jobs = make_jobs(corpus, model, plan.seed, plan.jobs, LARGE_TOKENS)
     tally = Tally()
-    with Server(model, FLAGS, folder / "log", ENV) as server:
+    env = {**ENV, "SOAK_TASKS": str(folder / "tasks.json")}
+    with Server(model, FLAGS, folder / "log", env, "tests.campaigns.soak_server") as server:
         try:
-            asyncio.run(_Soak(plan, server, corpus, jobs, tally).run())
+            observed = Observed(server.process.pid, folder / "tasks.json")
+            asyncio.run(_Soak(plan, server, observed, corpus, jobs, tally).run())
         except (httpx.HTTPError, OSError, AssertionError) as error:
             tally.faults.append(f"the soak broke off: {error!r}\n{server.log_tail(2000)}")
         _drain(server, tally)
@@ -160,10 +163,17 @@ class _Soak:
     """The requests to one server, and what is counted of them."""
 
     def __init__(
-        self, plan: Plan, server: Server, corpus: Corpus, jobs: list[Job], tally: Tally
+        self,
+        plan: Plan,
+        server: Server,
+        observed: Observed,
+        corpus: Corpus,
+        jobs: list[Job],
+        tally: Tally,
     ) -> None:
         self._plan = plan
         self._server = server
+        self._observed = observed
         self._corpus = corpus
         self._jobs = jobs
         self._tally = tally
@@ -177,7 +187,7 @@ class _Soak:
         # What is looked at in the end is opened once before.
         await asyncio.to_thread(self._server.flush)
         await asyncio.to_thread(self._metrics)
-        before = await asyncio.to_thread(settled_census, self._server.process.pid)
+        before = await asyncio.to_thread(self._observed.settled)
         memory = Memory(list(before))
         start = time.monotonic()
         await self._soak(self._tally, plan.requests, f"{plan.seed}s", "soak", memory)
@@ -221,7 +231,7 @@ class _Soak:
             server.flush()  # idle, and nothing used
         except AssertionError as error:
             tally.faults.append(f"KV slots are left over: {error}")
-        after = settled_census(server.process.pid, before)
+        after = self._observed.settled(before)
         tally.holdings = [f"{after[pid]}; before {before.get(pid)}" for pid in after]
         tally.faults += [f"left over: {found}" for found in left_over(before, after)]
         for pid, holdings in before.items():
@@ -262,7 +272,7 @@ async def _sample(memory: Memory) -> None:
 
 def _drain(server: Server, tally: Tally) -> None:
     """End the server in the way in which it waits for requests that it has a state for."""
-    processes = census(server.process.pid)
+    processes = names_of(server.process.pid)
     server.process.send_signal(signal.SIGTERM)
     try:
         server.process.wait(DRAIN_SECONDS)
@@ -270,11 +280,11 @@ def _drain(server: Server, tally: Tally) -> None:
         tally.faults.append(f"not drained {DRAIN_SECONDS} s after SIGTERM: {server.log_tail(2000)}")
         return
     time.sleep(1)
-    for pid, holdings in processes.items():
+    for pid, name in processes.items():
         with suppress(OSError):
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             if state != "Z":
-                tally.faults.append(f"process {holdings.name} ({pid}) outlives the server")
+                tally.faults.append(f"process {name} ({pid}) outlives the server")
 
 
 def main() -> int:

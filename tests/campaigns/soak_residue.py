@@ -1,6 +1,8 @@
-"""What a server holds of the operating system: processes, threads, file handles, memory."""
+"""What a server holds: processes, threads, file handles, memory, and tasks of its event loop."""
 
+import json
 import os
+import signal
 import statistics
 import time
 from collections import Counter
@@ -14,6 +16,7 @@ from typing import NamedTuple
 _POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _MIB = 1 << 20
+TELL_SECONDS = 60
 
 
 class Holdings(NamedTuple):
@@ -22,33 +25,51 @@ class Holdings(NamedTuple):
     name: str
     threads: int
     handles: Counter[str]  # open file handles by what they are open on, sockets and pipes by kind
+    tasks: Counter[str]  # by coroutine; of the process that tells
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.handles.total()} file handles, {self.threads} threads"
+        tasks = f", {self.tasks.total()} tasks" if self.tasks else ""
+        return f"{self.name}: {self.handles.total()} file handles, {self.threads} threads{tasks}"
 
 
 Census = dict[int, Holdings]  # by process id
 
 
-def census(root: int) -> Census:
-    """Of a process and all that descend from it."""
-    return {pid: _holdings(pid) for pid in descendants(root)}
+class Observed(NamedTuple):
+    """A server of ``soak_server.py``."""
 
+    pid: int
+    tasks: Path  # the file that it writes
 
-def settled_census(root: int, most: Census | None = None, seconds: float = 30) -> Census:
-    """A census that no longer changes; with ``most``, one that is within it, if that comes about.
+    def census(self) -> Census:
+        """Of the process and all that descend from it."""
+        holdings = {pid: _holdings(pid) for pid in descendants(self.pid)}
+        holdings[self.pid] = holdings[self.pid]._replace(tasks=self._asked_tasks())
+        return holdings
 
-    What was closed by a client takes the server some seconds to close as well.
-    """
-    deadline = time.monotonic() + seconds
-    last = census(root)
-    while time.monotonic() < deadline:
-        time.sleep(3)
-        now = census(root)
-        if now == last and (most is None or not left_over(most, now)):
-            return now
-        last = now
-    return last
+    def settled(self, most: Census | None = None, seconds: float = 30) -> Census:
+        """A census that no longer changes; with ``most``, one within it, if that comes about.
+
+        What was closed by a client takes the server some seconds to close as well.
+        """
+        deadline = time.monotonic() + seconds
+        last = self.census()
+        while time.monotonic() < deadline:
+            time.sleep(3)
+            now = self.census()
+            if now == last and (most is None or not left_over(most, now)):
+                return now
+            last = now
+        return last
+
+    def _asked_tasks(self) -> Counter[str]:
+        self.tasks.unlink(missing_ok=True)
+        os.kill(self.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + TELL_SECONDS
+        while not self.tasks.exists():
+            assert time.monotonic() < deadline, "the server does not tell its tasks"
+            time.sleep(0.05)
+        return Counter(json.loads(self.tasks.read_text()))
 
 
 def left_over(before: Census, after: Census) -> list[str]:
@@ -60,6 +81,8 @@ def left_over(before: Census, after: Census) -> list[str]:
         if new.handles.total() > old.handles.total():
             more = dict(new.handles - old.handles)
             found.append(f"{new.name}: file handles {old.handles.total()} before, now also {more}")
+        if new.tasks - old.tasks:
+            found.append(f"{new.name}: tasks {dict(new.tasks - old.tasks)}")
         if new.threads > old.threads + _POOL_THREADS:
             found.append(f"{new.name}: {new.threads} threads, {old.threads} before")
     return found
@@ -73,6 +96,11 @@ def descendants(root: int) -> list[int]:
             with suppress(OSError):
                 found += map(int, (task / "children").read_text().split())
     return found
+
+
+def names_of(root: int) -> dict[int, str]:
+    """Of the process and its descendants."""
+    return {pid: _name(pid) for pid in descendants(root)}
 
 
 def resident_bytes(pids: Sequence[int]) -> dict[int, int]:
@@ -109,7 +137,7 @@ def _holdings(pid: int) -> Holdings:
         for handle in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(OSError):  # closed meanwhile
                 handles[os.readlink(handle).split(":[")[0]] += 1
-    return Holdings(_name(pid), threads, handles)
+    return Holdings(_name(pid), threads, handles, Counter())
 
 
 def _name(pid: int) -> str:

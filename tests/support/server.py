@@ -25,16 +25,22 @@ class Server:
         flags: further flags; without ``--device`` and ``--dtype`` it runs on the CPU in fp32.
         env: environment variables to add.
         log: file that gets the server's output.
+        module: what is run, with the arguments of ``sglang.launch_server``.
     """
 
     def __init__(
-        self, model: Path, flags: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+        self,
+        model: Path,
+        flags: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        module: str = "sglang.launch_server",
     ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self._command = [
-            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
+            *(sys.executable, "-m", module, "--model-path", str(model)),
             *("--host", "127.0.0.1", "--port", str(self.port), "--random-seed", "1"),
             *("--log-level", "warning", "--sleep-on-idle"),
             *(() if "--device" in flags else ("--device", "cpu", "--dtype", "float32")),

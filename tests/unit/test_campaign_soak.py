@@ -1,9 +1,10 @@
-"""What the soak says of a server that does not keep tenants apart, and of memory that grows."""
+"""What the soak says of a server that does not keep tenants apart, or leaves something over."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from tests.campaigns.soak_client import VISIT_TOKENS, Clients, Pool
 from tests.campaigns.soak_jobs import Corpus, Job, make_corpus
+from tests.campaigns.soak_residue import Holdings, Memory, left_over
 
 CORPUS = make_corpus(0)
 JOB = Job(0, (3, 5), [8, 9], 0.9, 0.9, list(range(100, 140)), [-1.0] * 40)
@@ -74,3 +76,40 @@ def test_ids_that_are_not_kept_apart_are_a_fault() -> None:
     answers.known_status = 200
     (fault,) = faults_of_visit(answers)
     assert "is given" in fault
+
+
+SERVER = Holdings("server", 5, Counter({"socket": 3, "/dev/null": 1}), Counter({"handle_loop": 1}))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {1: SERVER},
+        {1: SERVER._replace(threads=6, handles=Counter({"socket": 2, "pipe": 2}))},
+        {1: SERVER._replace(tasks=Counter())},
+    ],
+    ids=["the same", "others of the same number", "fewer"],
+)
+def test_what_was_there_before_is_not_left_over(after: dict[int, Holdings]) -> None:
+    assert left_over({1: SERVER}, after) == []
+
+
+@pytest.mark.parametrize(
+    ("after", "word"),
+    [
+        ({1: SERVER._replace(handles=Counter({"socket": 4, "/dev/null": 1}))}, "handles"),
+        ({1: SERVER._replace(tasks=Counter({"handle_loop": 1, "sleep": 2}))}, "tasks"),
+        ({1: SERVER._replace(threads=500)}, "threads"),
+        ({1: SERVER, 2: SERVER}, "is new"),
+        ({}, "ended"),
+    ],
+)
+def test_what_is_left_over_is_named(after: dict[int, Holdings], word: str) -> None:
+    (found,) = left_over({1: SERVER}, after)
+    assert word in found
+
+
+def test_memory_is_told_by_quarters_of_the_time() -> None:
+    memory = Memory([1])
+    memory._samples = [{1: mib << 20} for mib in (10, 90, 10, 20, 20, 20, 30, 30, 30, 40, 41, 42)]
+    assert memory.quarters(1) == [10, 20, 30, 41]
