@@ -127,9 +127,9 @@ def ask(client: Client, kind: Kind, prompt: Prompt, new_tokens: int) -> Timed:
     return timed
 
 
-def long_prompt(ids: FreshIds, args: argparse.Namespace) -> Prompt:
-    contexts = tuple(ids.sequence(args.context_tokens) for _ in range(args.contexts))
-    return Prompt(ids.sequence(args.prefix), contexts, ids.sequence(args.short))
+def long_prompt(ids: FreshIds, args: argparse.Namespace, contexts: int) -> Prompt:
+    own = tuple(ids.sequence(args.context_tokens) for _ in range(contexts))
+    return Prompt(ids.sequence(args.prefix), own, ids.sequence(args.short))
 
 
 def measure_server(
@@ -141,8 +141,8 @@ def measure_server(
         ControlError: something was cached, or no short request was under way beside a long one.
     """
     ids = FreshIds(vocab, args.seed)
-    warm_up, *prompts = (long_prompt(ids, args) for _ in range(args.repeats + 1))
-    ask(client, kind, warm_up, 1)
+    prompts = [long_prompt(ids, args, args.contexts) for _ in range(args.repeats)]
+    ask(client, kind, long_prompt(ids, args, max(args.contexts // 4, 1)), 1)  # warms up
     longs: list[Timed] = []
     with ShortRequests(client, ids, args) as shorts:
         time.sleep(args.seconds_alone)

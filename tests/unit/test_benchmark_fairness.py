@@ -68,7 +68,7 @@ def test_one_sort_of_short_requests_alone_says_nothing(sent: float) -> None:
 def test_a_request_of_which_something_was_cached_ends_the_benchmark() -> None:
     args, _ = parse(SMALL)
     with pytest.raises(ControlError, match="7 tokens"):
-        ask(Server(cached=7), Kind.APE, long_prompt(FreshIds(VOCAB, 0), args), 1)
+        ask(Server(cached=7), Kind.APE, long_prompt(FreshIds(VOCAB, 0), args, 3), 1)
 
 
 def test_both_servers_are_asked_the_same_tokens() -> None:
