@@ -10,9 +10,12 @@ Overlap: ``batch`` requests over contexts of 1,024 tokens each, in *groups* (nei
 sets read them once) and in *rectangles* (what the planner chooses, nothing where it chooses none).
 *floor* is each token of KV read once at the speed of a copy; *model* is what the planner expects
 of the contexts pass alone, less what reading P once saves in the paths.
-Prefill: requests with 256 query rows each over ``length`` cached tokens that they share. The heads
-are those of Llama-3.1-8B (32 and 8 of 128), bf16, page size 1. Decoding is timed as CUDA graph
-replays, prefill as eager launches; medians.
+Prefill: requests with 256 query rows each over ``length`` cached tokens that they share.
+Bias: requests over the same 128 contexts of 1,024 tokens, with a query of 64 tokens: *plain* and
+*biased* read them for each request, *rectangle* once for all and without a bias, *cut* in a
+rectangle for each context, whose bias is added in the merge.
+The heads are those of Llama-3.1-8B (32 and 8 of 128), bf16, page size 1. Decoding is timed as CUDA
+graph replays, prefill as eager launches; medians. ``--only bias`` takes one part.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +33,15 @@ import numpy as np
 import torch
 
 from sglang_ape.attention.levels import Levels, decode_levels, extend_levels, rectangle_levels
-from sglang_ape.attention.rectangles import HOPPER_RATES, CostModel, Planner, Rates, Reader
+from sglang_ape.attention.rectangles import (
+    EMPTY_COVER,
+    HOPPER_RATES,
+    CostModel,
+    Cover,
+    Planner,
+    Rates,
+    Reader,
+)
 from sglang_ape.spec import ApeSpec
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -39,6 +51,9 @@ DECODE += [(8, 2048), (8, 32768), (16, 8192), (32, 2048), (32, 32768)]
 CONTEXT = 1024
 ALL_32 = tuple(range(32))
 PREFILL = [(1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 32768)]
+BIAS_BATCHES, BIAS_CONTEXTS, BIAS_QUERY = (1, 8, 32), 128, 64
+BIAS_KINDS = ("plain", "biased", "rectangle", "cut")
+PARTS = ("decode", "overlap", "prefill", "bias")
 KINDS = ("stock", "apart", "shared")
 PREFILL_KINDS = ("stock", "apart", "rectangles")
 OVERLAP_KINDS = ("groups", "rectangles", "floor", "model")
@@ -51,24 +66,51 @@ LAYERS = 8  # attention calls in a graph, on caches of their own so that L2 does
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", type=Path)
-    path = parser.parse_args().json
-    rows = []
-    print(f"{'':24}" + "".join(f"{kind:>10}" for kind in KINDS) + "   us a layer")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for part in args.only:
+        _MEASURE[part](rows)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n")
+
+
+def _all_decode(rows: list[dict[str, Any]]) -> None:
+    _head(KINDS)
     for batch, length in DECODE:
         rows.append({"kind": "decode", "batch": batch, "length": length, **_decode(batch, length)})
         _show(f"decode {batch} x {length}", rows[-1])
-    print(f"{'':24}" + "".join(f"{kind:>11}" for kind in OVERLAP_KINDS))
+
+
+def _all_overlap(rows: list[dict[str, Any]]) -> None:
+    _head(OVERLAP_KINDS)
     for name, given in _overlaps().items():
         rows.append({"kind": "overlap", "name": name, "batch": len(given.sets), **_overlap(given)})
         _show(name, rows[-1], OVERLAP_KINDS)
-    print(f"{'':24}" + "".join(f"{kind:>11}" for kind in PREFILL_KINDS))
+
+
+def _all_prefill(rows: list[dict[str, Any]]) -> None:
+    _head(PREFILL_KINDS)
     for batch, length in PREFILL:
         times = _prefill(batch, length)
         rows.append({"kind": "prefill", "batch": batch, "length": length, **times})
         _show(f"prefill {batch} x {QUERY} x {length}", rows[-1], PREFILL_KINDS)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n")
+
+
+def _all_bias(rows: list[dict[str, Any]]) -> None:
+    _head(BIAS_KINDS)
+    for batch in BIAS_BATCHES:
+        for kind, times in _bias(batch).items():
+            rows.append({"kind": f"bias {kind}", "batch": batch, **times})
+            _show(f"{kind} {batch} x {BIAS_CONTEXTS * CONTEXT}", rows[-1], BIAS_KINDS)
+
+
+_MEASURE = dict(zip(PARTS, (_all_decode, _all_overlap, _all_prefill, _all_bias), strict=True))
+
+
+def _head(kinds: tuple[str, ...]) -> None:
+    print(f"{'':24}" + "".join(f"{kind:>10}" for kind in kinds) + "   us a layer")
 
 
 def _show(name: str, row: dict[str, Any], kinds: tuple[str, ...] = KINDS) -> None:
@@ -215,14 +257,20 @@ def _cascade(levels: Levels, lines: list[torch.Tensor], use_cuda_graph: bool) ->
         strict=True,
     )
     indices = torch.cat([lines[row][start : start + length] for row, start, length in segments])
-    in_graph = dict(
+    bias = None
+    if levels.bias is not None:
+        value, indptr = levels.bias
+        bias = torch.from_numpy(np.repeat(value, np.diff(indptr))).cuda()
+    in_graph: dict[str, Any] = dict(
         use_cuda_graph=True,
         batch_size=len(lines),
         paged_kv_indices_buffer=indices,
         rectangles=levels.contexts_rows is not None,
+        bias_buffer=bias,
     )
     wrapper = ApeCascadeAttentionWrapper(_workspace(), **(in_graph if use_cuda_graph else {}))
-    rows, groups = levels.contexts_rows, levels.path_groups
+    of_rows = (levels.contexts_rows, levels.path_groups, levels.rows_bias)
+    rows, groups, rows_bias = (None if x is None else torch.from_numpy(x) for x in of_rows)
     wrapper.plan(
         [torch.from_numpy(indptr) for indptr in levels.qo_indptr],
         [torch.from_numpy(indptr) for indptr in levels.kv_indptr],
@@ -235,8 +283,10 @@ def _cascade(levels: Levels, lines: list[torch.Tensor], use_cuda_graph: bool) ->
         temperature=torch.from_numpy(levels.temperature),
         scale=torch.from_numpy(levels.scale),
         q_data_type=torch.bfloat16,
-        contexts_rows=None if rows is None else torch.from_numpy(rows),
-        path_groups=None if groups is None else torch.from_numpy(groups),
+        contexts_rows=rows,
+        path_groups=groups,
+        rows_bias=rows_bias,
+        bias=bias,
     )
     return wrapper
 
@@ -276,6 +326,68 @@ def _prefill(batch: int, length: int) -> dict[str, float]:
         )
         times[kind] = _eager_us(lambda cache, w=wrapper: w.run(q, cache, out=out), caches)
     return times
+
+
+def _bias(batch: int) -> dict[str, dict[str, float]]:
+    """Decoding, and for one request its prefill."""
+    own, length = PREFIX + BIAS_QUERY, BIAS_CONTEXTS * CONTEXT
+    caches, contexts, paths = _cache(length, own, batch)
+    lines = [torch.cat([path[:PREFIX], contexts, path[PREFIX:]]) for path in paths]
+    plain = [ApeSpec(PREFIX, (CONTEXT,) * BIAS_CONTEXTS, 0.9, 0.9, "set")] * batch
+    chosen = random.Random(0)
+    biased = [
+        replace(spec, bias=(0.0, *(-3 * chosen.random() for _ in range(BIAS_CONTEXTS - 1))))
+        for spec in plain
+    ]
+    lens, sets = np.full(batch, length + own), range(batch)
+    decode = {
+        "plain": decode_levels(plain, lens, sets),
+        "biased": decode_levels(biased, lens, sets),
+        "rectangle": rectangle_levels(plain, lens, _cover([length], batch)),
+        "cut": rectangle_levels(
+            biased, lens, _cover([CONTEXT] * BIAS_CONTEXTS, batch, [spec.bias for spec in biased])
+        ),
+    }
+    q = _normal(batch, HEADS, HEAD_DIM)
+    times: dict[str, dict[str, float]] = {"decode": {}}
+    for kind, levels in decode.items():
+        wrapper = _cascade(levels, lines, use_cuda_graph=True)
+        times["decode"][kind] = _graph_us(lambda cache, w=wrapper: w.run(q, cache), caches)
+    if batch > 1:
+        return times
+    bounds = [PREFIX + length], [length + own]
+    prefill = {
+        "plain": extend_levels(plain, *bounds),
+        "biased": extend_levels(biased, *bounds),
+        "rectangle": extend_levels(plain, *bounds, [[0]]),
+    }
+    q = _normal(BIAS_QUERY, HEADS, HEAD_DIM)
+    out = torch.empty_like(q)
+    times["prefill"] = {}
+    for kind, levels in prefill.items():
+        wrapper = _cascade(levels, lines, use_cuda_graph=False)
+        run = lambda cache, w=wrapper: w.run(q, cache, out=out)  # noqa: E731
+        times["prefill"][kind] = _eager_us(run, caches)
+    return times
+
+
+def _cover(
+    lengths: Sequence[int], batch: int, biases: Sequence[Sequence[float]] | None = None
+) -> Cover:
+    """A rectangle for each of these runs of context tokens, over the whole batch."""
+    count = len(lengths)
+    bounds = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    bias = np.zeros((batch, count)) if biases is None else np.array(biases)
+    return EMPTY_COVER._replace(
+        qo_indptr=np.arange(count + 1, dtype=np.int32) * np.int32(batch),
+        rows=np.tile(np.arange(batch, dtype=np.int32), count),
+        kv_indptr=bounds,
+        is_prefix=np.zeros(count, np.bool_),
+        segment_row=np.zeros(count, np.int32),
+        segment_start=bounds[:-1] + np.int32(PREFIX),
+        segment_length=np.array(lengths, np.int32),
+        bias=np.ascontiguousarray(bias.T, np.float32).ravel(),
+    )
 
 
 def _cache(

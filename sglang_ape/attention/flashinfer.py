@@ -21,7 +21,6 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper, temperature_module
 from flashinfer_ext.gather import gather_kv_indices, spread
 from flashinfer_ext.rectangles import Heads, Kernel
-from flashinfer_ext.reference import LOWEST_BIAS
 from flashinfer_ext.staging import Lists
 from flashinfer_ext.variant import ModuleKey, is_available
 from sglang_ape import metrics
@@ -251,7 +250,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             indices = torch.empty(size, dtype=torch.int32, device=device)
         given = [levels.segment_row, levels.segment_start, levels.segment_indptr]
         if levels.bias is not None:
-            given += [_bounded(levels.bias.value).view(np.int32), levels.bias.indptr]
+            given += [levels.bias.value.view(np.int32), levels.bias.indptr]
         lists = Lists(given)
         row, start, indptr, *of_bias = lists.views(lists.host.to(device, non_blocking=True))
         longest = int(np.diff(levels.segment_indptr).max())
@@ -266,7 +265,6 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             value, indptr = of_bias
             longest = int(np.diff(levels.bias.indptr).max(initial=0))
             spread(value.view(torch.float32), indptr, longest, bias)
-        rows_bias = None if levels.rows_bias is None else _bounded(levels.rows_bias)
         wrapper.plan(
             [torch.from_numpy(indptr) for indptr in levels.qo_indptr],
             [torch.from_numpy(indptr) for indptr in levels.kv_indptr],
@@ -276,7 +274,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             scale=torch.from_numpy(levels.scale),
             contexts_rows=_tensor(levels.contexts_rows),
             path_groups=_tensor(levels.path_groups),
-            rows_bias=_tensor(rows_bias),
+            rows_bias=_tensor(levels.rows_bias),
             bias=bias,
             **self._plan_arguments,
         )
@@ -360,10 +358,6 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
 
 def _has_bias(batch: ApeBatch) -> bool:
     return any(spec.bias for spec in batch.specs if spec)
-
-
-def _bounded(bias: np.ndarray) -> np.ndarray:
-    return np.maximum(bias, np.float32(LOWEST_BIAS))
 
 
 def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
