@@ -53,7 +53,8 @@ struct ApeTemperature : AttentionVariantBase {
 
 # Logits are in natural units once they are transformed, so that a bias never comes near the -5e4
 # that FlashInfer masks with. The index of a key counts from the first of its request, also where
-# the request is split, and may lie behind its last one.
+# the request is split, and may lie behind the last one, which is masked afterwards. Asking whether
+# it does would cost registers that the largest tile has not got.
 _FA2_BIAS_SOURCE = """
 DEFINE_HAS_MEMBER(paged_kv)
 
@@ -79,7 +80,7 @@ struct ApeBias : AttentionVariantBase {
   }
 
   REGISTER_LOGITS_TRANSFORM(params, logits, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, {
-    return logits * scale + (kv_idx < kv_len ? __ldg(bias + kv_idx) : 0.f);
+    return logits * scale + __ldg(bias + min(kv_idx, kv_len - 1));
   })
 };
 """
