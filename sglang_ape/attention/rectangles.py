@@ -518,15 +518,16 @@ class Planner:
         )
 
     def _bias_of(self, pieces: list[_Piece], virtual: np.ndarray, lens: np.ndarray) -> np.ndarray:
+        """Of each virtual row; those of the prefixes stand last."""
         bias = np.zeros(len(virtual), np.float32)
         if not self._biased:
             return bias
-        ends = np.cumsum(lens).tolist()
-        for piece, length, end in zip(pieces, lens.tolist(), ends, strict=False):
-            for place in range(end - length, end):
-                reader = self._batch[virtual[place]]
-                assert reader is not None
-                bias[place] = reader.bias_of(piece.keys[0])
+        readers = [self._batch[row] for row in virtual.tolist()]
+        keys = [
+            piece.keys[0] for piece, n in zip(pieces, lens.tolist(), strict=False) for _ in range(n)
+        ]
+        found = [reader.bias_of(key) for reader, key in zip(readers, keys, strict=False) if reader]
+        bias[: len(found)] = found
         return bias
 
 
