@@ -131,7 +131,12 @@ def _request_of(row: ScoreRow, question: Question) -> GenerateReqInput:
     return GenerateReqInput(
         rid=uuid.uuid4().hex,
         input_ids=row.input_ids.tolist(),
-        sampling_params={"max_new_tokens": 0, "custom_params": row.spec.to_custom_params()},
+        # Greedy: a batch of greedy requests is not slowed down, or disturbed, by sampling for it.
+        sampling_params={
+            "max_new_tokens": 0,
+            "temperature": 0,
+            "custom_params": row.spec.to_custom_params(),
+        },
         return_logprob=True,
         logprob_start_len=row.spec.context_end,
         lora_path=question.tenant.lora_path,
