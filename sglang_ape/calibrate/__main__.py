@@ -1,4 +1,4 @@
-"""Choose T, S and the shared prefix for a model and a task, on a small validation file.
+"""Choose T, S, the shared prefix and more for a model and a task, on a small validation file.
 
     python -m sglang_ape.calibrate --url http://127.0.0.1:30000 --data rows.jsonl
     python -m sglang_ape.calibrate --model MODEL --data rows.jsonl -- --dtype float32
@@ -7,6 +7,9 @@ A line of the file is an object with `contexts` (a list of strings) and `query`,
 chat, whose first user message the contexts stand before), and optionally `prefix`, `answers` and
 `split` ("validation" or "held_out"). Settings are chosen on the validation part and then tried on
 the held-out part. The result is a profile, which the server loads with --ape-profile.
+
+With --soft, --refine or --warm, what costs more than plain APE is tried too, at the chosen T, S and
+prefix, on the rows with answers; the most accurate within --budget is chosen.
 
 Exit status: 0, done; 1, the engine refused something or went away; 2, the input is wrong; 130,
 interrupted. The profile is written in the end and as a whole, or not at all.
@@ -102,7 +105,7 @@ def _calibrate(args: argparse.Namespace, flags: Sequence[str]) -> None:
     try:
         facts = backend.facts
         rows = prepare(data.parts, facts, plan, args.max_new_tokens, data.name)
-        measure = Measure(backend, options, rows.prefixes)
+        measure = Measure(backend, options, rows.prefixes, rows.warm)
         calibration = Calibration(plan, measure, lambda row: fits(row, facts, args.max_new_tokens))
         calibration.notes += rows.notes
         outcome = calibration.run(rows.validation, rows.held_out)
@@ -150,6 +153,7 @@ def _plan(args: argparse.Namespace, data: _Data) -> Plan:
             )
     if args.objective == "accuracy" and not any(one.answers for one in examples):
         raise InputError(f"{data.name}: --objective accuracy needs rows with answers")
+    warm = _warm(args, data)
     return Plan(
         args.objective,
         args.search,
@@ -157,7 +161,30 @@ def _plan(args: argparse.Namespace, data: _Data) -> Plan:
         args.temperatures,
         args.scales,
         tuple(dict.fromkeys(prefixes)),
+        args.soft,
+        args.refine,
+        warm,
+        math.inf if args.budget is None else args.budget,
     )
+
+
+def _warm(args: argparse.Namespace, data: _Data) -> tuple[str, ...]:
+    """Raises InputError where the file is wrong, or a row has a P that no item is added to."""
+    from sglang_ape.calibrate.data import InputError
+    from sglang_ape.warm import items
+
+    if args.warm is None:
+        return ()
+    for line in (line for part in data.parts for line in part):
+        if line.example.prefix is not None:
+            raise InputError(
+                f"{data.name}, line {line.number}: a request that gives its prefix has exactly "
+                "that, and warm items stand behind the server's own; leave out prefix, or --warm"
+            )
+    try:
+        return items.read(args.warm)
+    except items.WarmError as error:
+        raise InputError(f"--warm: {error}") from None
 
 
 def _backend(args: argparse.Namespace, flags: Sequence[str]) -> Backend:
@@ -177,15 +204,19 @@ def _finish(
     from sglang_ape.calibrate import plot, profile, report
     from sglang_ape.calibrate.record import profile_of
 
-    point, prefix = outcome.chosen
+    point, prefix, rung = outcome.chosen
     score = "divergence, nats a token" if plan.objective == "match" else "error rate"
     shown = report.heat_map(outcome.cells, point, prefix, sys.stdout.isatty())
     print(f"validation part: {score}, by T and S; * chosen", *shown, "", sep="\n")
     print(*report.table(outcome), "", sep="\n")
+    if outcome.ladder:
+        print("above T, S and the prefix; * chosen", *report.ladder(outcome), "", sep="\n")
     for note in outcome.notes:
         print(f"note        {note}")
     print(f"chosen      T {point.temperature:g}, S {point.scale:g}")
     print(f"prefix      {report.described(prefix)}")
+    if outcome.ladder:
+        print(f"rung        {rung.name}")
     profile.write(profile_of(outcome, plan, model, inputs), args.out)
     print(f"profile     {args.out} (for --ape-profile)")
     if args.plot is not None:
@@ -220,6 +251,8 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("server flags after -- go with --model")
     if args.model is not None and (args.tokenizer or args.api_key):
         parser.error("--tokenizer and --api-key go with --url")
+    if args.budget is not None and not (args.soft or args.refine or args.warm):
+        parser.error("--budget goes with --soft, --refine or --warm")
     sizes = _QUICK if args.quick else _FULL
     args.temperatures = args.temperatures or _values("T", 0, MAX_TEMPERATURE)(sizes.temperatures)
     args.scales = args.scales or _values("S", 0, MAX_SCALE)(sizes.scales)
@@ -295,6 +328,34 @@ def _parser() -> argparse.ArgumentParser:
         help="the same, the text of a file",
     )
     add(
+        "--soft",
+        type=_values("λ", 0, sys.float_info.max),
+        default=(),
+        metavar="λ,λ,…",
+        help="values of soft to try, such as 0.03,0.1,0.3; 0 is always tried",
+    )
+    add(
+        "--refine",
+        type=_counts,
+        default=(),
+        metavar="M,M,…",
+        help="values of refine to try, such as 1,2; 0 is always tried",
+    )
+    add(
+        "--warm",
+        type=Path,
+        metavar="FILE",
+        help="warm items to try in the prefix, JSON lines as for --ape-warm; without is always "
+        "tried",
+    )
+    add(
+        "--budget",
+        type=_not_negative,
+        metavar="TOKENS",
+        help="extra prefill tokens a request, as a mean, that soft and refine may cost (default: "
+        "any number)",
+    )
+    add(
         "--metric",
         choices=("span", "exact"),
         default="span",
@@ -360,6 +421,25 @@ def _values(name: str, low: float, high: float) -> Callable[[str], tuple[float, 
         return values
 
     return parsed
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """An argparse type: whole numbers with commas between them."""
+    try:
+        values = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not whole numbers with commas: {text!r}") from None
+    if values[0] < 0:
+        raise argparse.ArgumentTypeError(f"m = {values[0]} is out of range")
+    return values
+
+
+def _not_negative(text: str) -> float:
+    """An argparse type."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
 
 
 def _share(text: str) -> float:

@@ -8,6 +8,7 @@ and what is computed for a further setting is the query and the answer alone.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ from tqdm import tqdm
 
 from sglang_ape.calibrate.backend import Backend
 from sglang_ape.calibrate.divergence import Target, at_tokens, divergence
+from sglang_ape.calibrate.ladder import PLAIN_RUNG, Rung
 from sglang_ape.calibrate.search import Point
 from sglang_ape.calibrate.tokens import Row
 from sglang_ape.entry.call import Ids
 from sglang_ape.errors import ApeRequestError
+from sglang_ape.scoring.choice import highest
 
 _INDEX = re.compile(r"\[(\d+)\]")
 
@@ -33,6 +36,12 @@ class Setting(NamedTuple):
 
     point: Point
     prefix: str | None = None  # None: each row's own
+    rung: Rung = PLAIN_RUNG
+
+    @property
+    def before(self) -> tuple[str | None, bool]:
+        """The same for settings whose contexts stand after the same P."""
+        return self.prefix, self.rung.warm
 
 
 class Options(NamedTuple):
@@ -51,7 +60,15 @@ class _Job(NamedTuple):
     setting: Setting
 
 
-_Context = tuple[str | None, bytes]  # after which prefix, and its ids
+class Answer(NamedTuple):
+    """A greedy answer."""
+
+    text: str
+    extra_tokens: int  # to score and to refine contexts
+
+
+_NO_WARM = array("I")
+_Context = tuple[tuple[str | None, bool], bytes]  # after which P, and its ids
 _Body = Callable[[Sequence[_Job]], dict[str, Any]]
 _Read = Callable[[_Job, dict[str, Any]], Any]
 
@@ -63,18 +80,26 @@ class Measure:
         backend: answers.
         options: of every request.
         prefixes: token ids of the texts that settings name.
+        warm: token ids of all warm items.
 
     All methods that ask raise RowError, naming the line, for what the engine refuses, and
     ``requests.RequestException`` where there is no answer.
     """
 
-    def __init__(self, backend: Backend, options: Options, prefixes: Mapping[str, Ids]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        options: Options,
+        prefixes: Mapping[str, Ids],
+        warm: Ids = _NO_WARM,
+    ) -> None:
         self.targets: dict[int, Target] = {}  # by line, of the rows asked sequentially
         self._backend = backend
         self._options = options
         self._prefixes = prefixes
+        self._warm = warm
         self._divergences: dict[tuple[int, Setting], float] = {}
-        self._texts: dict[tuple[int, Setting], str] = {}
+        self._answers: dict[tuple[int, Setting], Answer] = {}
 
     def ask_sequentially(self, rows: Sequence[Row]) -> None:
         """Answer each row's sequential prompt greedily, for :attr:`targets`."""
@@ -98,7 +123,7 @@ class Measure:
 
         Args:
             rows: all asked sequentially before.
-            settings: to measure them at.
+            settings: to measure them at, all of the plain rung: the query holds the answer here.
 
         Returns:
             For each setting, the divergence of each row.
@@ -108,10 +133,14 @@ class Measure:
         )
         return [[self._divergences[row.line, one] for row in rows] for one in settings]
 
-    def texts(self, rows: Sequence[Row], settings: Sequence[Setting]) -> list[list[str]]:
+    def answers(self, rows: Sequence[Row], settings: Sequence[Setting]) -> list[list[Answer]]:
         """For each setting, the greedy answer to each row."""
-        self._fill("answers", self._texts, rows, settings, self._generating_body, _text)
-        return [[self._texts[row.line, one] for row in rows] for one in settings]
+        self._fill("answers", self._answers, rows, settings, self._generating_body, _answer)
+        return [[self._answers[row.line, one] for row in rows] for one in settings]
+
+    def texts(self, rows: Sequence[Row], settings: Sequence[Setting]) -> list[list[str]]:
+        """The texts of :meth:`answers`."""
+        return [[answer.text for answer in own] for own in self.answers(rows, settings)]
 
     def _fill(
         self,
@@ -146,7 +175,7 @@ class Measure:
             batch: list[_Job] = []
             pending: set[_Context] = set()
             for job in group:
-                own = {(job.setting.prefix, ids.tobytes()) for ids in job.row.contexts} - encoded
+                own = {(job.setting.before, ids.tobytes()) for ids in job.row.contexts} - encoded
                 if len(batch) == self._options.batch_size or own & pending:
                     yield batch
                     encoded |= pending
@@ -160,8 +189,8 @@ class Measure:
         """The jobs of as many rows as half of the KV pool has room for, at least of one."""
         room = self._backend.facts.limits.pool_tokens // 2
         need: dict[int, int] = {}
-        for line, _prefix, tokens in {
-            (job.row.line, job.setting.prefix, job.row.context_tokens): None for job in jobs
+        for line, _before, tokens in {
+            (job.row.line, job.setting.before, job.row.context_tokens): None for job in jobs
         }:
             need[line] = need.get(line, 0) + tokens
         group: set[int] = set()
@@ -210,12 +239,13 @@ class Measure:
             "input_ids": queries,
             "contexts": [[{"input_ids": ids.tolist()} for ids in job.row.contexts] for job in jobs],
             "prefix_ids": [self._prefix(job).tolist() for job in jobs],
-            "ape": [job.setting.point._asdict() for job in jobs],
+            "ape": [_ape(job.setting) for job in jobs],
         }
 
     def _prefix(self, job: _Job) -> Ids:
         chosen = job.setting.prefix
-        return job.row.prefix if chosen is None else self._prefixes[chosen]
+        prefix = job.row.prefix if chosen is None else self._prefixes[chosen]
+        return prefix + self._warm if job.setting.rung.warm else prefix
 
     @property
     def _sampling(self) -> dict[str, Any]:
@@ -246,8 +276,33 @@ def _target(answer: Mapping[str, Any]) -> Target:
     )
 
 
-def _text(_job: _Job, answer: dict[str, Any]) -> str:
-    return answer["text"]
+def _ape(setting: Setting) -> dict[str, float]:
+    """The field ``ape``, with all of it: the server's own defaults may be others."""
+    rung = setting.rung
+    return {**setting.point._asdict(), "soft": rung.soft, "refine": rung.refine}
+
+
+def _answer(job: _Job, answer: dict[str, Any]) -> Answer:
+    info = answer["meta_info"]
+    if job.setting.rung.is_free:
+        return Answer(answer["text"], 0)
+    scores = [one["score"] for one in info.get("contexts", ())]
+    refined = _refined_tokens(job, scores)
+    return Answer(answer["text"], info["ape"]["scored_tokens"] + refined)
+
+
+def _refined_tokens(job: _Job, scores: Sequence[float]) -> int:
+    """Tokens that refining computes anew where the contexts are cached, each by itself.
+
+    The first of the sequence is cached as it is. What the engine tells would be less here: rungs
+    that were asked before, and the sequential prompt, leave beginnings of the sequence behind.
+    """
+    refine = job.setting.rung.refine
+    if not refine:
+        return 0
+    contexts = job.row.contexts
+    chosen = highest(scores, refine) if scores else range(len(contexts))
+    return sum(len(contexts[i]) for i in list(chosen)[1:])
 
 
 def _blamed(error: ApeRequestError, rows: Sequence[Row]) -> str:
@@ -264,6 +319,8 @@ def _batches(items: Sequence[Any], size: int) -> list[list[Any]]:
 
 
 def _named(settings: Sequence[Setting]) -> str:
+    if any(one.rung != PLAIN_RUNG for one in settings):
+        return f"rungs {len(settings)}"
     temperatures = {one.point.temperature for one in settings}
     scales = {one.point.scale for one in settings}
     return f"T {_range(temperatures)}, S {_range(scales)}"

@@ -1,4 +1,4 @@
-"""The heat map and the held-out figures as a picture."""
+"""The heat map, the ladder and the held-out figures as a picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_ape.calibrate.data import InputError
+from sglang_ape.calibrate.ladder import frontier
 from sglang_ape.calibrate.run import Outcome
 from sglang_ape.calibrate.search import Point
 
@@ -31,11 +32,14 @@ def draw(outcome: Outcome, objective: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    widths = (3, 3, 2) if outcome.ladder else (3, 2)
+    figure = Figure(figsize=(2.2 * sum(widths), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_map(figure, left, outcome, "divergence" if objective == "match" else "error rate")
-    _draw_bars(right, outcome, objective)
+    first, *between, last = figure.subplots(1, len(widths), width_ratios=widths)
+    _draw_map(figure, first, outcome, "divergence" if objective == "match" else "error rate")
+    for axes in between:
+        _draw_ladder(axes, outcome)
+    _draw_bars(last, outcome, objective)
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -58,6 +62,30 @@ def _draw_map(figure: Any, axes: Any, outcome: Outcome, label: str) -> None:
     axes.set(xlabel="S", ylabel="T", title="scored settings")
     x, y = scales.index(chosen.point.scale), temperatures.index(chosen.point.temperature)
     axes.plot(x, y, marker="*", markersize=16, color="white", markeredgecolor="black")
+
+
+def _draw_ladder(axes: Any, outcome: Outcome) -> None:
+    for step in outcome.ladder:
+        chosen = step.rung == outcome.chosen.rung
+        axes.errorbar(
+            step.tokens,
+            step.accuracy.mean,
+            yerr=step.accuracy.error or 0.0,
+            fmt="*" if chosen else "o",
+            markersize=12 if chosen else 5,
+            color="black" if chosen else "tab:blue",
+            capsize=3,
+        )
+        place = (step.tokens, step.accuracy.mean)
+        axes.annotate(step.rung.name, place, (6, 6), textcoords="offset points", fontsize=8)
+    best = frontier([step.standing for step in outcome.ladder])
+    axes.step([one.tokens for one in best], [one.accuracy for one in best], where="post", alpha=0.5)
+    axes.set(
+        xlabel="extra prefill tokens a request",
+        ylabel="accuracy on the validation part",
+        title="quality and cost",
+    )
+    axes.margins(0.15)
 
 
 def _draw_bars(axes: Any, outcome: Outcome, objective: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from sglang_ape.calibrate.profile import Profile, model_name
-from sglang_ape.calibrate.run import Figure, Outcome, Plan, Result
+from sglang_ape.calibrate.run import Figure, Outcome, Plan, Result, Step
 
 _DIGITS = 6
 
@@ -20,12 +21,15 @@ def profile_of(outcome: Outcome, plan: Plan, model: str, inputs: dict[str, Any])
         model: path or name of the model.
         inputs: what else the figures depend on.
     """
-    point, prefix = outcome.chosen
+    point, prefix, rung = outcome.chosen
     return Profile(
         model=model_name(model),
         temperature=point.temperature,
         scale=point.scale,
         prefix=prefix,
+        soft=rung.soft,
+        refine=rung.refine,
+        warm=list(plan.warm) if rung.warm else [],
         report={
             "objective": plan.objective,
             "search": plan.search,
@@ -34,6 +38,7 @@ def profile_of(outcome: Outcome, plan: Plan, model: str, inputs: dict[str, Any])
             "notes": outcome.notes,
             "validation": _results(outcome.validation),
             "held_out": _results(outcome.held_out),
+            **_ladder(outcome, plan),
             "cells": [
                 {
                     **cell.setting.point._asdict(),
@@ -44,6 +49,21 @@ def profile_of(outcome: Outcome, plan: Plan, model: str, inputs: dict[str, Any])
             ],
         },
     )
+
+
+def _ladder(outcome: Outcome, plan: Plan) -> dict[str, Any]:
+    """What the ladder found, where one was to be tried."""
+    if not outcome.ladder:
+        return {}
+    parts = {"validation": outcome.ladder, "held_out": outcome.held_out_ladder}
+    steps = {name: [_step(step) for step in own] for name, own in parts.items()}
+    budget = plan.budget if math.isfinite(plan.budget) else None
+    return {"ladder": {"budget": budget, "warm": list(plan.warm), **steps}}
+
+
+def _step(step: Step) -> dict[str, Any]:
+    tokens = round(step.tokens, _DIGITS)
+    return {**step.rung._asdict(), "accuracy": _figure(step.accuracy), "extra_tokens": tokens}
 
 
 def _results(results: Sequence[Result]) -> list[dict[str, Any]]:

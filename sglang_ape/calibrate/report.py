@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sglang_ape.calibrate.ladder import frontier
 from sglang_ape.calibrate.run import Cell, Figure, Outcome, Result
 from sglang_ape.calibrate.search import Point
 
@@ -20,6 +21,22 @@ def table(outcome: Outcome) -> list[str]:
             continue
         lines.append(f"{name:<14}{'divergence (nats/token)':>28}{'accuracy':>26}")
         lines += [_line(result) for result in results]
+    return lines
+
+
+def ladder(outcome: Outcome) -> list[str]:
+    """Every rung that was tried, by cost, with its accuracy."""
+    best = frontier([step.standing for step in outcome.ladder])
+    lines = []
+    for name, steps in (("validation", outcome.ladder), ("held out", outcome.held_out_ladder)):
+        if not steps:
+            continue
+        lines.append(f"{name:<22}{'accuracy':>24}{'extra tokens/request':>24}{'frontier':>12}")
+        for step in sorted(steps, key=lambda step: (step.tokens, -step.accuracy.mean)):
+            rung = step.rung.name + ("*" if step.rung == outcome.chosen.rung else "")
+            accuracy = _shown(step.accuracy, "{:.3f}")
+            mark = "yes" if steps is outcome.ladder and step.standing in best else ""
+            lines.append(f"  {rung:<20}{accuracy:>24}{step.tokens:>24.1f}{mark:>12}".rstrip())
     return lines
 
 

@@ -23,6 +23,7 @@ class Prepared(NamedTuple):
     validation: list[Row]
     held_out: list[Row]
     prefixes: dict[str, Ids]  # token ids of the candidates
+    warm: Ids  # token ids of all warm items
     notes: list[str]  # what was left out, and why
 
 
@@ -41,12 +42,13 @@ def prepare(parts: Parts, facts: Facts, plan: Plan, max_new_tokens: int, source:
     """
     encoder = Encoder(facts.tokenizer)
     prefixes = {text: encoder.prefix(text) for text in plan.prefixes}
+    warm = encoder.warm(plan.warm)
     notes: list[str] = []
     found: list[list[Row]] = []
     for lines in parts:
         rows = [_encoded(line, encoder, facts, source) for line in lines]
         for row in rows:
-            _check(row, prefixes.values(), facts, max_new_tokens, source)
+            _check(row, prefixes.values(), warm, facts, max_new_tokens, source)
         found.append(rows)
     if plan.objective == "match":
         usable = [[row for row in rows if fits(row, facts, max_new_tokens)] for rows in found]
@@ -61,7 +63,9 @@ def prepare(parts: Parts, facts: Facts, plan: Plan, max_new_tokens: int, source:
         notes.append(f"left out {len(lost)} rows: {why} (lines {_listed(sorted(lost))})")
     if not usable[0]:
         raise InputError(f"{source}: no row is left to choose on; {'; '.join(notes)}")
-    return Prepared(usable[0], usable[1], prefixes, notes)
+    if plan.rungs and not any(row.answers for row in usable[0]):
+        raise InputError(f"{source}: no row with answers is left to choose soft, refine or warm on")
+    return Prepared(usable[0], usable[1], prefixes, warm, notes)
 
 
 def fits(row: Row, facts: Facts, max_new_tokens: int) -> bool:
@@ -85,11 +89,16 @@ def _encoded(line: Line, encoder: Encoder, facts: Facts, source: str) -> Row:
 
 
 def _check(
-    row: Row, prefixes: Iterable[Ids], facts: Facts, max_new_tokens: int, source: str
+    row: Row,
+    prefixes: Iterable[Ids],
+    warm: Ids,
+    facts: Facts,
+    max_new_tokens: int,
+    source: str,
 ) -> None:
     for prefix in (row.prefix, *prefixes):
         try:
-            check_row(prefix, row.contexts, row.query, max_new_tokens, facts.limits, _NAMES)
+            check_row(prefix + warm, row.contexts, row.query, max_new_tokens, facts.limits, _NAMES)
         except ApeRequestError as error:
             raise InputError(f"{source}, line {row.line}: {error.param}: {error}") from None
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
+from sglang_ape.calibrate.ladder import PLAIN_RUNG, Rung, Standing, best_within, rungs
 from sglang_ape.calibrate.measure import Measure, Setting
 from sglang_ape.calibrate.scores import Metric, is_right
 from sglang_ape.calibrate.search import TOLERANCE, UNIT, Point, Search, greedy, grid, ranking
@@ -30,6 +31,16 @@ class Plan(NamedTuple):
     temperatures: tuple[float, ...]
     scales: tuple[float, ...]
     prefixes: tuple[str, ...]  # candidates beside the rows' own
+    softs: tuple[float, ...] = ()  # rungs to try beside the plain one
+    refines: tuple[int, ...] = ()
+    warm: tuple[str, ...] = ()  # items to try in P
+    budget: float = math.inf  # extra prefill tokens a request, as a mean
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """What to try above T, S and the prefix; none: no more was asked for."""
+        found = rungs(self.softs, self.refines, bool(self.warm))
+        return found if len(found) > 1 else []
 
 
 class Figure(NamedTuple):
@@ -48,6 +59,18 @@ class Result(NamedTuple):
     accuracy: Figure | None  # None: no row has a label
 
 
+class Step(NamedTuple):
+    """One rung on one part of the data."""
+
+    rung: Rung
+    accuracy: Figure
+    tokens: float  # extra prefill tokens, mean over requests
+
+    @property
+    def standing(self) -> Standing:
+        return Standing(self.rung, self.accuracy.mean, self.tokens)
+
+
 class Cell(NamedTuple):
     """One scored setting of the search."""
 
@@ -63,6 +86,8 @@ class Outcome(NamedTuple):
     validation: list[Result]
     held_out: list[Result]
     notes: list[str]
+    ladder: list[Step]  # all rungs, on the validation part; empty where none was to be tried
+    held_out_ladder: list[Step]  # the plain and the chosen one
 
 
 class Calibration:
@@ -95,12 +120,20 @@ class Calibration:
         self._measure.ask_sequentially([row for row in (*validation, *held_out) if self._fits(row)])
         prefix, cells = self._search(validation)
         chosen = self._guarded(validation, prefix, cells)
+        results, results_held_out = (self._results(rows, chosen) for rows in (validation, held_out))
+        ladder = self._ladder(validation, chosen, self._plan.rungs)
+        rung = PLAIN_RUNG
+        if ladder:
+            rung = best_within([step.standing for step in ladder], self._plan.budget).rung
+        tried_again = dict.fromkeys([PLAIN_RUNG, rung]) if ladder else ()
         return Outcome(
-            chosen,
+            chosen._replace(rung=rung),
             [Cell(setting, score) for setting, score in cells.items()],
-            self._results(validation, chosen),
-            self._results(held_out, chosen),
+            results,
+            results_held_out,
             self.notes,
+            ladder,
+            self._ladder(held_out, chosen, list(tried_again)),
         )
 
     def _search(self, rows: Sequence[Row]) -> tuple[str | None, dict[Setting, float]]:
@@ -192,6 +225,19 @@ class Calibration:
             Result("chosen", *measured[chosen]),
         ]
 
+    def _ladder(self, rows: Sequence[Row], chosen: Setting, tried: Sequence[Rung]) -> list[Step]:
+        """Rungs at the chosen T, S and prefix, on the rows that have answers."""
+        labelled = [row for row in rows if row.answers]
+        if not labelled or not tried:
+            return []
+        settings = [chosen._replace(rung=rung) for rung in tried]
+        rights = self._right(labelled, settings)
+        answers = self._measure.answers(labelled, settings)
+        return [
+            Step(rung, _known_figure(right), _mean([answer.extra_tokens for answer in own]))
+            for rung, right, own in zip(tried, rights, answers, strict=True)
+        ]
+
     def _right(self, rows: Sequence[Row], settings: Sequence[Setting]) -> list[list[float]]:
         """For each setting, 1 for each row with the right answer, else 0."""
         return [
@@ -208,8 +254,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _figure(values: Sequence[float]) -> Figure | None:
-    if not values:
-        return None
+    return _known_figure(values) if values else None
+
+
+def _known_figure(values: Sequence[float]) -> Figure:
     mean, count = _mean(values), len(values)
     if count == 1:
         return Figure(mean, None, 1)

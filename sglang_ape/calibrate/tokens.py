@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sglang_ape.calibrate.data import Example
@@ -64,6 +65,11 @@ class Encoder:
     def prefix(self, text: str | None) -> Ids:
         """P of a text, or the built-in default."""
         return encode_prefix(self._tokenizer, text, "prefix")
+
+    def warm(self, items: Sequence[str]) -> Ids:
+        """All warm items, each encoded as a context is."""
+        encoded = (encode_text(self._tokenizer, item, "--warm") for item in items)
+        return sum(encoded, start=array("I"))
 
     def _chat(self, example: Example) -> tuple[Ids, Ids]:
         """P and Q of a chat, as the chat route cuts it.
