@@ -14,14 +14,15 @@ _ASKED = (
     "places, numbers and facts must occur in none of them and need not exist. Write the text alone."
 )
 _HEADING = "Text {number}:\n"
-_LAST_WORD, _WORD_GOES_ON = re.compile(r"\w+$"), re.compile(r"\w")
+_LAST_WORD, _WORD_GOES_ON = re.compile(r"\w+\Z"), re.compile(r"\w")
 
 
 class Form(NamedTuple):
-    """What all texts of a corpus have in common at their ends."""
+    """What all texts of a corpus have in common."""
 
     opening: str  # whole words, no blank at its end
     ending: str  # blanks and line ends
+    stop: str | None  # line ends that no text has inside
 
     def item(self, answer: str) -> str:
         """The item of an answer, which goes on after the opening; empty if nothing follows it."""
@@ -39,7 +40,10 @@ def form_of(texts: Sequence[str]) -> Form:
     if any(_WORD_GOES_ON.match(text, len(opening)) for text in texts):
         opening = _LAST_WORD.sub("", opening)
     endings = [text[len(text.rstrip()) :] for text in texts]
-    return Form(opening.rstrip(" \t"), max(endings, key=endings.count))
+    inside = [text.strip() for text in texts]
+    unseen = [end for end in ("\n", "\n\n") if not any(end in text for text in inside)]
+    stop = unseen[0] if unseen else None
+    return Form(opening.rstrip(" \t"), max(endings, key=endings.count), stop)
 
 
 def prompt_ids(tokenizer: Any, shown: Sequence[str], form: Form, with_template: bool) -> list[int]:
@@ -62,6 +66,6 @@ def prompt_ids(tokenizer: Any, shown: Sequence[str], form: Form, with_template: 
     return tokenizer.encode(rendered + form.opening, add_special_tokens=False)
 
 
-def stops(with_template: bool) -> list[str]:
-    """What ends an answer."""
-    return [] if with_template else ["\n\nText "]
+def stops(form: Form, with_template: bool) -> list[str]:
+    """What ends an answer: what no text of the corpus has inside, and a further heading."""
+    return [form.stop] if form.stop else [] if with_template else ["\n\nText "]

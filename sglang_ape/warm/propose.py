@@ -130,7 +130,7 @@ class Proposer:
         sampling = {
             "temperature": self._settings.temperature,
             "top_p": _TOP_P,
-            "stop": stops(self._with_template),
+            "stop": stops(self._form, self._with_template),
         }
         body = {
             "input_ids": [ids for ids, _ in prompts],
