@@ -5,9 +5,9 @@
 
 A line of the corpus is a JSON string, or an object with the field `text` (--text-field). The model
 sees a few contexts and is asked for one more of the same format about something else. Answers that
-are empty, cut off, or of another length are rejected, and so are those that have 8 words in a row
-from the corpus. Read the items before a server gets them: whether they are invented, and answer no
-question, is for you to say.
+are empty, cut off, or of another length are rejected, and so are those that have 8 words in a row,
+or a name, from the corpus. Read the items before a server gets them: whether they are invented, and
+answer no question, is for you to say.
 
 Exit status: 0, done; 1, too few good items, or the engine refused something or went away; 2, the
 input is wrong; 130, interrupted. The file is written in the end and as a whole, or not at all.

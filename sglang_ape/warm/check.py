@@ -17,6 +17,8 @@ SHARED_WORDS = 8
 _FORM_SHARE = 0.1  # of the documents: words in a row that so many have belong to the format
 _LEAST_OF_FORM = 2
 # Letters of scripts without blanks count as words.
+# Two words with capitals, one blank between them; overlapping.
+_NAME = re.compile(r"\b(?=([A-Z]\w* [A-Z]\w*))")
 _WORD = re.compile(r"[\u3040-\u9fff\uac00-\ud7a3]|[^\W\u3040-\u9fff\uac00-\ud7a3]+")
 
 Gram = tuple[str, ...]
@@ -61,7 +63,7 @@ def copied(items: Sequence[str], corpus: Sequence[str]) -> list[str | None]:
     """
     grams = [_grams_of(item) for item in items]
     found = _count(grams, corpus)
-    form = max(_LEAST_OF_FORM, _FORM_SHARE * len(corpus))
+    form = _form(corpus)
     shared: list[str | None] = []
     before: set[Gram] = set()
     for own in grams:
@@ -70,6 +72,29 @@ def copied(items: Sequence[str], corpus: Sequence[str]) -> list[str | None]:
         shared.append(None if first is None else " ".join(first))
         before.update(gram for gram in own if not found[gram])
     return shared
+
+
+def named(items: Sequence[str], corpus: Sequence[str]) -> list[str | None]:
+    """For each item, a name of the corpus that it holds: two words with capitals, as "Sable Pass".
+
+    Names that belong to the format, as in :func:`copied`, do not count.
+
+    Args:
+        items: texts.
+        corpus: texts.
+
+    Returns:
+        The name, or None for an item with none.
+    """
+    counts = Counter(name for text in corpus for name in set(_NAME.findall(text)))
+    form = _form(corpus)
+    found = ((name for name in _NAME.findall(item) if 0 < counts[name] < form) for item in items)
+    return [next(names, None) for names in found]
+
+
+def _form(corpus: Sequence[str]) -> float:
+    """In so many documents, words belong to the format."""
+    return max(_LEAST_OF_FORM, _FORM_SHARE * len(corpus))
 
 
 def _count(grams: Sequence[list[Gram]], corpus: Sequence[str]) -> Counter[Gram]:

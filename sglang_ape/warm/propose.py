@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sglang_ape.calibrate.backend import Backend
 from sglang_ape.errors import ApeRequestError
-from sglang_ape.warm.check import copied, lengths_like, off_length
+from sglang_ape.warm.check import copied, lengths_like, named, off_length
 from sglang_ape.warm.prompt import form_of, prompt_ids, stops
 
 _TOP_P = 0.95
@@ -87,9 +87,10 @@ class Proposer:
         answers = self._ask(prompts)
         items = [self._form.item(answer["text"]) for answer in answers]
         copies = copied([*kept, *items], self._corpus)[len(kept) :]
+        names = named(items, self._corpus)
         good = []
-        for item, answer, copy in zip(items, answers, copies, strict=True):
-            reason = self._wrong(item, answer, copy)
+        for item, answer, copy, name in zip(items, answers, copies, names, strict=True):
+            reason = self._wrong(item, answer, copy, name)
             if reason is None:
                 good.append(item)
                 continue
@@ -97,12 +98,17 @@ class Proposer:
             tqdm.write(f"try {attempt}: rejected, {reason}", file=sys.stderr)
         return good
 
-    def _wrong(self, item: str, answer: Mapping[str, Any], copy: str | None) -> str | None:
+    def _wrong(
+        self, item: str, answer: Mapping[str, Any], copy: str | None, name: str | None
+    ) -> str | None:
+        """Why an item is no good, its kind first; None for a good one."""
         if item and answer["meta_info"]["finish_reason"]["type"] == "length":
             return f"too long: no end after {answer['meta_info']['completion_tokens']} tokens"
         reason = off_length(item, self._lengths)
         if reason is None and copy is not None:
             return f"copied: {copy!r}"
+        if reason is None and name is not None:
+            return f"a name of the corpus: {name!r}"
         return reason
 
     def _prompt(self, seed: str) -> tuple[list[int], int]:

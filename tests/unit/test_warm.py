@@ -20,7 +20,7 @@ from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.warm import __main__ as command
 from sglang_ape.warm import items
-from sglang_ape.warm.check import copied, lengths_like, off_length, words_of
+from sglang_ape.warm.check import copied, lengths_like, named, off_length, words_of
 from sglang_ape.warm.prompt import form_of, prompt_ids
 from sglang_ape.warm.propose import Proposer, Settings, WarmFailure
 from tests.unit.test_expand import CharTokenizer
@@ -95,6 +95,20 @@ def test_words_that_many_documents_have_in_a_row_are_the_format() -> None:
     assert copied([item], [corpus[0], *CORPUS]) == [
         "published by the department of roads and bridges"
     ]
+
+
+@pytest.mark.parametrize(
+    ("item", "name"),
+    [
+        ("Tessa Vale lives there.", "Tessa Vale"),
+        ("The Marek Osk house", "Marek Osk"),
+        ("tessa vale, Marek, Osk and Ilse. Brandt", None),
+        ("Petra Sund lives there.", None),
+    ],
+)
+def test_names_of_the_corpus_are_found(item: str, name: str | None) -> None:
+    assert named([item], CORPUS) == [name]
+    assert named([item], ["Tessa Vale and Marek Osk wrote: " + text for text in CORPUS]) == [None]
 
 
 def test_an_item_like_one_before_it_is_a_copy() -> None:
@@ -226,13 +240,14 @@ def proposer(model: Model, corpus: Sequence[str] = CORPUS, **changes: Any) -> Pr
 
 
 def test_only_what_is_missing_is_asked_for_again() -> None:
-    model = Model(GOOD, COPY, "", OTHER)
+    famous = OTHER.replace("Ruben Quist", "Tessa Vale")
+    model = Model(GOOD, COPY, famous, OTHER)
     found = proposer(model)
     assert found.run() == [f"Title:{GOOD}\n\n", f"Title:{OTHER}\n\n"]
     assert [len(body["input_ids"]) for body in model.bodies] == [2, 1, 1]
     assert [(one.attempt, one.reason.partition(":")[0]) for one in found.rejected] == [
         (1, "copied"),
-        (2, "empty"),
+        (2, "a name of the corpus"),
     ]
 
 
