@@ -65,27 +65,37 @@ def _draw_map(figure: Any, axes: Any, outcome: Outcome, label: str) -> None:
 
 
 def _draw_ladder(axes: Any, outcome: Outcome) -> None:
+    """Points, the frontier's with their names: rungs of equal cost lie above one another."""
     for step in outcome.ladder:
-        chosen = step.rung == outcome.chosen.rung
         axes.errorbar(
             step.tokens,
             step.accuracy.mean,
             yerr=step.accuracy.error or 0.0,
-            fmt="*" if chosen else "o",
-            markersize=12 if chosen else 5,
-            color="black" if chosen else "tab:blue",
+            fmt="o",
+            markersize=5,
+            markerfacecolor="tab:orange" if step.rung.warm else "tab:blue",
+            color="tab:orange" if step.rung.warm else "tab:blue",
+            alpha=0.7,
             capsize=3,
         )
-        place = (step.tokens, step.accuracy.mean)
-        axes.annotate(step.rung.name, place, (6, 6), textcoords="offset points", fontsize=8)
+        if step.rung == outcome.chosen.rung:
+            place = (step.tokens, step.accuracy.mean)
+            axes.plot(*place, marker="*", markersize=16, color="white", markeredgecolor="black")
     best = frontier([step.standing for step in outcome.ladder])
-    axes.step([one.tokens for one in best], [one.accuracy for one in best], where="post", alpha=0.5)
+    costs, accuracies = [one.tokens for one in best], [one.accuracy for one in best]
+    axes.step(costs, accuracies, where="post", color="black", alpha=0.4)
+    for one in best:
+        side = "left" if 2 * one.tokens <= max(costs) else "right"
+        shift = (8, 6) if side == "left" else (-8, 6)
+        axes.annotate(
+            one.rung.name, (one.tokens, one.accuracy), shift, textcoords="offset points", ha=side
+        )
     axes.set(
         xlabel="extra prefill tokens a request",
         ylabel="accuracy on the validation part",
-        title="quality and cost",
+        title="rungs (orange: with warm items)",
     )
-    axes.margins(0.15)
+    axes.margins(0.1)
 
 
 def _draw_bars(axes: Any, outcome: Outcome, objective: str) -> None:
