@@ -21,11 +21,6 @@ class Rung(NamedTuple):
     warm: bool = False  # whether P ends with the warm items
 
     @property
-    def is_free(self) -> bool:
-        """Whether a request costs no more than plain APE; warm items are encoded once."""
-        return not self.soft and not self.refine
-
-    @property
     def name(self) -> str:
         parts = [
             "warm" if self.warm else "",

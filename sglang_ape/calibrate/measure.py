@@ -283,26 +283,30 @@ def _ape(setting: Setting) -> dict[str, float]:
 
 
 def _answer(job: _Job, answer: dict[str, Any]) -> Answer:
-    info = answer["meta_info"]
-    if job.setting.rung.is_free:
-        return Answer(answer["text"], 0)
-    scores = [one["score"] for one in info.get("contexts", ())]
-    refined = _refined_tokens(job, scores)
-    return Answer(answer["text"], info["ape"]["scored_tokens"] + refined)
+    scores = [one["score"] for one in answer["meta_info"].get("contexts", ())]
+    return Answer(answer["text"], _scored_tokens(job.row, scores) + _refined_tokens(job, scores))
+
+
+def _scored_tokens(row: Row, scores: Sequence[float]) -> int:
+    """Tokens that scoring computes for a new question: a copy of the query for each context.
+
+    The engine tells of none where it knows the scores: from the rung before, or an earlier run.
+    """
+    distinct = {ids.tobytes() for ids in row.contexts}
+    return len(distinct) * (len(row.query) + 1) if scores else 0  # and the context's last token
 
 
 def _refined_tokens(job: _Job, scores: Sequence[float]) -> int:
-    """Tokens that refining computes anew where the contexts are cached, each by itself.
+    """Tokens that refining computes where the contexts are cached, each by itself.
 
     The first of the sequence is cached as it is. What the engine tells would be less here: rungs
     that were asked before, and the sequential prompt, leave beginnings of the sequence behind.
     """
-    refine = job.setting.rung.refine
+    refine, contexts = job.setting.rung.refine, job.row.contexts
     if not refine:
         return 0
-    contexts = job.row.contexts
-    chosen = highest(scores, refine) if scores else range(len(contexts))
-    return sum(len(contexts[i]) for i in list(chosen)[1:])
+    chosen = highest(scores, refine) if scores else list(range(len(contexts)))
+    return sum(len(contexts[i]) for i in chosen[1:])
 
 
 def _blamed(error: ApeRequestError, rows: Sequence[Row]) -> str:

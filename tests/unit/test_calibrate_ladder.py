@@ -117,8 +117,8 @@ class LadderEngine(Engine):
         right = self._solves(soft, refine, prefix > self._plain_prefix)
         lengths = [len(context["input_ids"]) for context in body["contexts"][i]]
         scored = soft > 0 or 0 < refine < len(lengths)
-        usage = {"scored_tokens": 10 * scored, "refined_tokens": 777}
-        info: dict[str, Any] = {"ape": usage}
+        # As if all were cached and known from before.
+        info: dict[str, Any] = {"ape": {"scored_tokens": 0, "refined_tokens": 0}}
         if scored:
             info["contexts"] = [{"id": f"ctx-{n}", "score": float(n)} for n in range(len(lengths))]
         return {"text": "A label." if right else "nothing", "meta_info": info}
@@ -157,11 +157,12 @@ def test_every_rung_is_tried_at_the_chosen_setting_and_the_choice_once_more() ->
     assert {bool(one["soft"] and one["refine"]) for one in with_rung} == {False}
 
 
-def test_costs_are_scored_tokens_and_refined_ones_that_no_cache_has() -> None:
+def test_costs_are_those_of_a_new_question_over_cached_contexts() -> None:
     outcome = calibrate(LadderEngine(lambda soft, refine, warm: True), **LADDER)
     tokens = {step.rung: step.tokens for step in outcome.ladder}
+    score = 2 * (1 + 1)  # two contexts, a query of one character
     second = 2  # characters of the second context of each row, which stands after the first
-    expected = {(0.0, 0): 0, (0.1, 0): 10, (0.3, 0): 10, (0.0, 1): 10, (0.0, 2): second}
+    expected = {(0.0, 0): 0, (0.1, 0): score, (0.3, 0): score, (0.0, 1): score, (0.0, 2): second}
     for (soft, refine), cost in expected.items():
         for warm in (False, True):
             assert tokens[Rung(soft, refine, warm)] == cost
@@ -169,7 +170,7 @@ def test_costs_are_scored_tokens_and_refined_ones_that_no_cache_has() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "chosen"),
-    [(math.inf, Rung(soft=0.3)), (10, Rung(soft=0.3)), (9.9, PLAIN_RUNG), (0, PLAIN_RUNG)],
+    [(math.inf, Rung(soft=0.3)), (4, Rung(soft=0.3)), (3.9, PLAIN_RUNG), (0, PLAIN_RUNG)],
 )
 def test_the_budget_bounds_what_is_chosen(budget: float, chosen: Rung) -> None:
     engine = LadderEngine(lambda soft, refine, warm: soft == 0.3)
@@ -252,7 +253,7 @@ def test_the_choice_is_in_the_profile_the_table_and_the_plot(run: Command, tmp_p
     (header,) = [line for line in lines if line.startswith("validation") and "extra" in line]
     (chosen, again) = [line for line in lines if "warm + soft 0.1*" in line]
     assert header.split() == ["validation", "accuracy", "extra", "tokens/request", "frontier"]
-    assert chosen.split()[4:] == ["1.000", "±", "0.000", "(n=3)", "10.0", "yes"]
+    assert chosen.split()[4:] == ["1.000", "±", "0.000", "(n=3)", "4.0", "yes"]
     assert "(n=3)" in again and "yes" not in again
     assert "rung        warm + soft 0.1" in output
     assert plot.read_bytes().startswith(b"\x89PNG")
