@@ -1,5 +1,6 @@
 """``python -m sglang_ape.calibrate`` on real engines, and a server with ``--ape-profile``."""
 
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from sglang_ape.calibrate import backend as backends
 from sglang_ape.calibrate import profile
 from sglang_ape.calibrate.data import Example
+from sglang_ape.calibrate.ladder import Rung
 from sglang_ape.calibrate.measure import Measure, Options, RowError, Setting
 from sglang_ape.calibrate.profile import Profile
 from sglang_ape.calibrate.search import Point
@@ -34,6 +36,7 @@ SENTENCES = (
     "Seven trains leave the station between noon and midnight.\n",
     "The gardener planted beans in rows.\n",
 )
+WARM = ("The ferryman keeps a list of every lamp that is lit.\n", "A mill stands by the brook.\n")
 QUERY = "Question: who keeps the ledger? Answer:"
 GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 
@@ -173,6 +176,52 @@ def test_a_chat_has_the_tokens_of_the_chat_route(backend: backends.Server, serve
     assert answer["usage"]["prompt_tokens"] == len(row.sequential)
 
 
+RUNGS = [Rung(*one) for one in itertools.product((0.0, 0.3), (0,), (False, True))]
+RUNGS += [Rung(refine=2), Rung(refine=2, warm=True), Rung(refine=9)]
+
+
+def test_a_rung_is_what_requests_with_its_fields_get(
+    backend: backends.Server, server: Server
+) -> None:
+    encoder = Encoder(backend.facts.tokenizer)
+    rows = _rows(encoder, 3)
+    point = Point(0.4, 0.7)
+    measure = Measure(backend, Options(6, (), TOP, 4), {}, encoder.warm(WARM))
+    measured = measure.answers(rows, [Setting(point, rung=rung) for rung in RUNGS])
+    for rung, answers in zip(RUNGS, measured, strict=True):
+        for row, answer in zip(rows, answers, strict=True):
+            warm = encoder.warm(WARM) if rung.warm else encoder.warm(())
+            body = {
+                "prefix_ids": (row.prefix + warm).tolist(),
+                "contexts": [{"input_ids": ids.tolist()} for ids in row.contexts],
+                "input_ids": row.query.tolist(),
+                "ape": {**point._asdict(), "soft": rung.soft, "refine": rung.refine},
+                "sampling_params": {"temperature": 0, "max_new_tokens": 6},
+                "extra_key": f"{rung} {row.line}",  # nothing is known or cached
+            }
+            own = server.generate(body)
+            assert answer.text == own["text"]
+            assert answer.extra_tokens == _extra_tokens(row, rung, own["meta_info"])
+
+
+def _extra_tokens(row: Row, rung: Rung, info: dict[str, Any]) -> int:
+    """What the server computed to score, and the refined contexts behind the first."""
+    if rung.soft == rung.refine == 0:
+        assert "contexts" not in info
+        return 0
+    lengths = list(map(len, row.contexts))
+    if rung.refine >= len(lengths):
+        assert "contexts" not in info
+        return sum(lengths[1:])
+    assert info["ape"]["scored_tokens"] > 0
+    scored = info["ape"]["scored_tokens"]
+    if not rung.refine:
+        return scored
+    scores = [one["score"] for one in info["contexts"]]
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[: rung.refine]
+    return scored + sum(lengths[i] for i in sorted(best)[1:])
+
+
 def test_a_refused_row_is_named_by_its_line(backend: backends.Server) -> None:
     rows = _rows(Encoder(backend.facts.tokenizer), 3)
     rows[1] = rows[1]._replace(contexts=(rows[1].contexts[0], rows[1].contexts[1][:0]))
@@ -241,6 +290,34 @@ def test_the_same_command_finds_the_same(
         6 if found.report["search"] == "grid" else len(found.report["cells"]),
         "T = S = 0.9",
     ]
+    server.assert_clean()
+
+
+def test_the_ladder_is_tried_and_the_choice_is_in_the_profile(
+    server: Server, tmp_path: Path
+) -> None:
+    warm = tmp_path / "warm.jsonl"
+    warm.write_text("".join(json.dumps(item) + "\n" for item in WARM))
+    options = ("--soft", "0.1,1", "--refine", "1", "--warm", str(warm), "--budget", "1000")
+    path, output = _run(tmp_path, "ladder.json", "--url", server.url, *options)
+    found = profile.read(path)
+    ladder = found.report["ladder"]
+    assert len(ladder["validation"]) == 8
+    assert [step["extra_tokens"] > 0 for step in ladder["validation"]] == [
+        False,
+        True,
+        True,
+        True,
+    ] * 2
+    best = max(step["accuracy"]["mean"] for step in ladder["validation"])
+    (chosen,) = [
+        step
+        for step in ladder["validation"]
+        if (step["soft"], step["refine"], step["warm"])
+        == (found.soft, found.refine, bool(found.warm))
+    ]
+    assert chosen["accuracy"]["mean"] == best
+    assert "extra tokens/request" in output
     server.assert_clean()
 
 

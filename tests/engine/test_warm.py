@@ -1,6 +1,9 @@
-"""``--ape-warm`` on a real server and Engine: one P through every door, as the oracle sees it."""
+"""Warm items of the flag and of a profile: one P through every door, as the oracle sees it."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,10 @@ import sglang
 from transformers import AutoTokenizer
 
 from sglang_ape import ContextStore
+from sglang_ape.calibrate import profile
+from sglang_ape.calibrate.profile import Profile
+from sglang_ape.warm import items
+from sglang_ape.warm.check import copied, lengths_like, off_length
 from tests.support.oracle import Oracle
 from tests.support.server import Server
 
@@ -22,6 +29,7 @@ CONTEXTS = [
     "A lighthouse stands on the northern cliff.\n",
     "The baker sells the loaves warm.\n",
 ]
+CORPUS = [f"Note: {text}" for text in CONTEXTS]
 QUERY = "Question: who keeps the ledger? Answer:"
 NEW_TOKENS = 8
 GREEDY = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
@@ -71,7 +79,9 @@ def expected(tiny_llama: Path) -> Expected:
     return Expected(tiny_llama)
 
 
-def test_an_engine_takes_warm_items(tiny_llama: Path, tmp_path: Path, expected: Expected) -> None:
+def test_an_engine_takes_the_items_of_a_file(
+    tiny_llama: Path, tmp_path: Path, expected: Expected
+) -> None:
     engine = sglang.Engine(
         model_path=str(tiny_llama),
         device="cpu",
@@ -96,7 +106,9 @@ def test_an_engine_takes_warm_items(tiny_llama: Path, tmp_path: Path, expected: 
 @pytest.fixture(scope="module")
 def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("warm_server")
-    flags = ("--enable-ape", "--ape-warm", _write(folder), "--max-total-tokens", "4096")
+    path = folder / "profile.json"
+    profile.write(Profile(model="tiny", temperature=0.9, scale=0.9, warm=ITEMS), path)
+    flags = ("--enable-ape", "--ape-profile", str(path), "--max-total-tokens", "4096")
     with Server(tiny_llama, (*flags, "--served-model-name", "tiny"), folder / "log") as server:
         yield server
         server.assert_clean()
@@ -175,3 +187,42 @@ def test_ids_stand_for_contexts_after_the_items_through_every_door(
     )
     assert refused.status_code == 400
     assert "another prefix" in refused.json()["error"]["message"]
+
+
+# ---------------------------------------------------------------- python -m sglang_ape.warm
+
+
+def _propose(server: Server, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS))
+    command = [sys.executable, "-m", "sglang_ape.warm", "--url", server.url, "--data", str(corpus)]
+    return subprocess.run(
+        [*command, "--out", str(folder / "warm.jsonl"), *options],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_proposed_items_are_no_copies_and_have_the_corpus_length_and_ending(
+    server: Server, tmp_path: Path
+) -> None:
+    done = _propose(server, tmp_path, "--items", "1", "--tries", "100")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = items.read(tmp_path / "warm.jsonl")
+    assert len(found) == 1
+    assert copied(found, CORPUS) == [None]
+    for item in found:
+        assert off_length(item, lengths_like(CORPUS)) is None
+        assert item.endswith("\n") and "\n" not in item.strip()
+        assert item.startswith("Note:")
+    assert "items       1" in done.stdout
+
+
+def test_too_few_items_leave_no_file(server: Server, tmp_path: Path) -> None:
+    done = _propose(server, tmp_path, "--items", "20", "--tries", "1", "--temperature", "0")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "good items of 20 after 1 tries" in done.stderr
+    assert "try 1: rejected, " in done.stderr
+    assert not (tmp_path / "warm.jsonl").exists()
