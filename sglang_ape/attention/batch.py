@@ -16,7 +16,7 @@ import torch
 
 from sglang_ape.attention.rectangles import Reader
 from sglang_ape.request import spec_of
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import ApeSpec, ScoreSpec
 
 
 class ApeBatch(NamedTuple):
@@ -132,22 +132,12 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
     if not any(specs):
         begin_batch([], None)
         return
-    # SGLang's cache key separates tenants and LoRA adapters, whose KV differs.
-    sets = [
-        (req.extra_key, spec.namespace) if spec else None
-        for req, spec in zip(batch.reqs, specs, strict=True)
-    ]
-    readers: list[Reader | None] = []
-    if forward_batch.forward_mode.is_decode():
-        readers = [
-            reader_of(req, spec, whole) if spec else None
-            for req, spec, whole in zip(batch.reqs, specs, sets, strict=True)
-        ]
-    begin_batch([req.rid for req in batch.reqs], ApeBatch(specs, sets, readers))
+    is_decode = forward_batch.forward_mode.is_decode()
+    _announce(batch.reqs, _without_scoring(specs) if is_decode else specs, is_decode)
     positions = forward_batch.positions
     if positions is None or positions.numel() == 0:
         return
-    if forward_batch.forward_mode.is_decode():
+    if is_decode:
         hidden = torch.tensor([spec.hidden_tokens if spec else 0 for spec in specs])
         forward_batch.positions = positions - _beside(positions, hidden)
         return
@@ -155,6 +145,31 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
     stops = [a + n for a, n in zip(starts, forward_batch.extend_seq_lens_cpu, strict=True)]
     computed = torch.from_numpy(positions_of(specs, starts, stops))
     forward_batch.positions = _beside(positions, computed)
+
+
+def _without_scoring(specs: Sequence[ApeSpec | None]) -> list[ApeSpec | None]:
+    """A scoring request generates nothing, but while its end is not known yet, a decode step that
+    overlaps with that has a row for it. Nobody reads the row: it may attend like a plain one.
+    """
+    return [None if isinstance(spec, ScoreSpec) else spec for spec in specs]
+
+
+def _announce(reqs: Sequence[Any], specs: Sequence[ApeSpec | None], is_decode: bool) -> None:
+    if not any(specs):
+        begin_batch([], None)
+        return
+    # SGLang's cache key separates tenants and LoRA adapters, whose KV differs.
+    sets = [
+        (req.extra_key, spec.namespace) if spec else None
+        for req, spec in zip(reqs, specs, strict=True)
+    ]
+    readers: list[Reader | None] = []
+    if is_decode:
+        readers = [
+            reader_of(req, spec, whole) if spec else None
+            for req, spec, whole in zip(reqs, specs, sets, strict=True)
+        ]
+    begin_batch([req.rid for req in reqs], ApeBatch(specs, sets, readers))
 
 
 def _beside(positions: torch.Tensor, host: torch.Tensor) -> torch.Tensor:

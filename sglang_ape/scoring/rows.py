@@ -62,7 +62,7 @@ def likelihoods(row: ScoreRow, logprobs: Sequence[Sequence[Any]]) -> list[float]
             the log-probability of a token.
 
     Raises:
-        RuntimeError: their number is not that of the copies' tokens.
+        RuntimeError: their number is not that of the copies' tokens, or a likelihood is no number.
     """
     size, count = row.spec.copy_len, len(row.contexts)
     if len(logprobs) != size * count:

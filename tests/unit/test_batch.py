@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_ape.attention import batch as step
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import ApeSpec, ScoreSpec
 
 SPEC = ApeSpec(2, (3, 5), 0.9, 0.8, "set")
 
@@ -65,6 +65,25 @@ def test_a_batch_of_plain_requests_clears_the_last_one(enabled: bool) -> None:
     announce(make_request("b", None), enabled=enabled)
     assert step.ape_batch(["b"]) is None
     assert step.ape_batch_of_size(7) is None
+
+
+def test_a_decode_step_reads_nothing_for_a_scoring_request_but_keeps_its_position() -> None:
+    """SGLang runs a step for it before it knows that it has ended."""
+    scoring = ScoreSpec.of(2, (3, 5), 4)
+    requests = [make_request("s", scoring), make_request("a", SPEC)]
+    positions = announce(*requests, decoding=True).positions.tolist()
+    rows = [len(request.origin_input_ids) - 1 for request in requests]
+    hidden = [scoring.hidden_tokens, SPEC.hidden_tokens]
+    assert positions == [row - h for row, h in zip(rows, hidden, strict=True)]
+    found = step.ape_batch(["s", "a"])
+    assert found is not None and list(found.specs) == [None, SPEC]
+
+    alone = announce(requests[0], decoding=True).positions.tolist()
+    assert alone == positions[:1]
+    assert step.ape_batch(["s"]) is None, "a batch of plain rows"
+    announce(requests[0])
+    in_prefill = step.ape_batch(["s"])
+    assert in_prefill is not None and list(in_prefill.specs) == [scoring]
 
 
 def test_a_batch_that_was_not_announced_is_refused() -> None:

@@ -105,6 +105,8 @@ def test_the_likelihood_of_a_copy_is_the_sum_over_the_query() -> None:
     assert likelihoods(row, logprobs) == [-3.0, -0.75]
     with pytest.raises(RuntimeError, match="5 log-probabilities for 2 copies of 3 tokens"):
         likelihoods(row, logprobs[1:])
+    with pytest.raises(RuntimeError, match="no numbers"):
+        likelihoods(row, [(None, 3), (float("nan"), 5), *logprobs[2:]])
 
 
 # ---------------------------------------------------------------- what is known
