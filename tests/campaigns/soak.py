@@ -117,7 +117,10 @@ class Tally:
         lines += _section("beside them", sorted(self.beside.items()))
         lines += _section("seen by the server, the warm-up included", self.seen.items())
         lines += ["", "at the end, as after the warm-up", *(f"  {line}" for line in self.holdings)]
-        lines += ["", "resident memory, median of each quarter of the time, MiB"]
+        lines += [
+            "",
+            "resident memory without that of files, median of each quarter of the time, MiB",
+        ]
         lines += [f"  {line}" for line in self.memory]
         lines += ["", f"{len(self.faults)} faults", *self.faults[:MAX_FAULTS]]
         return "\n".join(lines)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 # Python's default pool starts a thread whenever it happens to be busy, up to this many.
 _POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _MIB = 1 << 20
 TELL_SECONDS = 60
 
@@ -103,24 +102,29 @@ def names_of(root: int) -> dict[int, str]:
     return {pid: _name(pid) for pid in descendants(root)}
 
 
-def resident_bytes(pids: Sequence[int]) -> dict[int, int]:
-    """Resident memory of each process that is alive."""
+def own_bytes(pids: Sequence[int]) -> dict[int, int]:
+    """Resident memory of each process that is alive, without that of files.
+
+    How much of a mapped file is resident, the system decides, by what others need.
+    """
     sizes = {}
     for pid in pids:
         with suppress(OSError):
-            sizes[pid] = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            (kib,) = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
+            sizes[pid] = int(kib) * 1024
     return sizes
 
 
 class Memory:
-    """Resident memory of processes over time."""
+    """Resident memory of processes over time, without that of files."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = pids
         self._samples: list[dict[int, int]] = []
 
     def sample(self) -> None:
-        self._samples.append(resident_bytes(self._pids))
+        self._samples.append(own_bytes(self._pids))
 
     def quarters(self, pid: int) -> list[float]:
         """The median of each quarter of the time, in MiB."""
