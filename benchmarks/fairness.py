@@ -9,7 +9,7 @@ same size (``--chunked-prefill-size``). Compared is what the short ones wait for
 their last token, alone and beside a long one. Checked is that nothing of a request was cached and
 that short ones were under way beside long ones.
 
---quick uses a small model and long requests of 4,096 tokens, on a CPU if need be. It is a check of
+--quick uses a small model and long requests of 1,024 tokens, on a CPU if need be. It is a check of
 the machinery: its times say nothing about a GPU.
 """
 
@@ -56,7 +56,7 @@ USUAL = {
     "seconds_alone": 5,
 }
 QUICK = {
-    "contexts": 64,
+    "contexts": 16,
     "context_tokens": 64,
     "prefix": 16,
     "short": 16,
@@ -64,7 +64,7 @@ QUICK = {
     "repeats": 2,
     "seconds_alone": 3,
 }
-QUICK_FLAGS = ("--chunked-prefill-size", "512")
+QUICK_FLAGS = ("--chunked-prefill-size", "128")
 METHODS = {Kind.STOCK: Method.SEQUENTIAL, Kind.APE: Method.APE}
 
 
