@@ -159,7 +159,8 @@ class Sections:
     def _rung(self, figure: str, rung: Rung, documents: Documents, is_timed: bool) -> None:
         ladder = self._scale.ladder
         answer = self._client.first_token(self._ask(documents, ladder.query), rung)
-        expected = ladder.contexts * ladder.query if rung else 0
+        # A copy of the query begins with the last token of its context.
+        expected = ladder.contexts * (ladder.query + 1) if rung else 0
         if answer.scored_tokens != expected:
             self._record.warn(f"{figure}: {answer.scored_tokens} tokens scored, not {expected}")
         if "refine" not in rung:

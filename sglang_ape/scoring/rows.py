@@ -68,9 +68,12 @@ def likelihoods(row: ScoreRow, logprobs: Sequence[Sequence[Any]]) -> list[float]
     if len(logprobs) != size * count:
         raise RuntimeError(f"{len(logprobs)} log-probabilities for {count} copies of {size} tokens")
     # The first token of a copy is the last of its context, which nothing is asked of.
-    return [
+    found = [
         math.fsum(one[0] for one in logprobs[k * size + 1 : (k + 1) * size]) for k in range(count)
     ]
+    if not all(map(math.isfinite, found)):
+        raise RuntimeError(f"likelihoods of the query that are no numbers: {found[:8]}")
+    return found
 
 
 def _row(prefix: Ids, contexts: Sequence[Ids], query: Ids, chosen: Sequence[int]) -> ScoreRow:

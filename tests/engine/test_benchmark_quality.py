@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import many_shot_icl, rag_qa
+from benchmarks import ladder, many_shot_icl, rag_qa
 from tests.engine.conftest import API_KEY
 from tests.support.server import Server
 
 RAG = ["--documents", "2", "20", "--questions", "4"]
+LADDER = ["--documents", "3", "--facts", "3", "--questions", "3"]
+LADDER += ["--shots", "6", "--per-context", "2"]
 MANY_SHOT = ["--shots", "6", "--per-context", "2", "--questions", "4"]
 
 
@@ -61,6 +63,27 @@ def test_demonstrations_are_computed_once(store_server: Server, tmp_path: Path) 
         assert row["warm_computed"] < row["prompt_tokens"] / 4
     assert controls["one context, 6 shots in 3"].startswith("4 of 4 questions fit")
     assert controls["parallel"].startswith("log-probabilities of 2 answers within")
+
+
+def test_every_rung_of_the_ladder_is_served(store_server: Server, tmp_path: Path) -> None:
+    """On a real server: scores and tokens are counted, and rungs that change nothing do so."""
+    ladder.main(["--quick", "--url", store_server.url, "--out", str(tmp_path), *LADDER])
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["finished"]
+    for data in ladder.QUICK_DATA:
+        rows = {row["method"]: row for row in content["rows"] if row["data"] == data}
+        for method in ("sequential", "parallel", "ape", "ape + warm"):
+            assert not rows[method].get("scored_tokens"), method
+        for method in ("ape + soft", "ape + refine", "ape + warm + soft"):
+            assert rows[method]["scored_tokens"] > 3 * 3, method
+        assert rows["ape + refine"]["refined_tokens"] > 0
+        assert rows["ape + refine"]["prompt_tokens"] < rows["ape"]["prompt_tokens"]
+        assert rows["ape"]["prompt_tokens"] < rows["ape + warm"]["prompt_tokens"]
+        controls = content["controls"][data]
+        assert "scores within" in controls.pop("scores")
+        assert "log-probabilities of 2 answers within" in controls.pop("parallel")
+        assert len(controls) == 2
+        assert all(seen.startswith("3 of 3 questions fit") for seen in controls.values())
 
 
 def test_the_same_seed_gives_the_same_answers(store_server: Server, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ class ScoringEngine:
         lengths = [len(context["input_ids"]) for context in call.get("contexts", [])]
         ape, query = call.get("ape", {}), tuple(call["input_ids"])
         rung = ape.get("soft") or ape.get("refine")
-        scored = len(lengths) * len(query) if rung and query not in self.known else 0
+        scored = len(lengths) * (len(query) + 1) if rung and query not in self.known else 0
         self.known |= {query} if rung else set()
         cached = len(call.get("prefix_ids", [])) + sum(lengths) if len(self.calls) > 1 else 0
         refined = sum(lengths[: ape.get("refine", 0)])
@@ -223,7 +223,7 @@ def test_the_ladder_says_when_its_requests_were_not_what_they_should_be(tmp_path
     Sections(client, record, TINY_SCALE, seed=0, skip_largest_batch=False).ladder()
     engine.loop.close()
     warnings = "\n".join(record.content["warnings"])
-    assert "ladder/ttft/soft: 0 tokens scored, not 32" in warnings
+    assert "ladder/ttft/soft: 0 tokens scored, not 36" in warnings
     assert "ladder/ttft/refine: 0 tokens of contexts computed" in warnings
 
 
