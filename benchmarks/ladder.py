@@ -108,6 +108,10 @@ def load_all(args: argparse.Namespace) -> list[DataSet]:
 
 
 def subject(data: DataSet, args: argparse.Namespace) -> Subject:
+    """A data set, of which as many questions are asked as it has, at most."""
+    there = len(data.asked if isinstance(data, Examples) else data.questions)
+    if args.questions is not None and args.questions > there:
+        args = argparse.Namespace(**{**vars(args), "questions": there})
     if isinstance(data, Examples):
         return many_shot_icl.subject(data, args)
     return rag_qa.subject(data, args, args.facts if data.form.is_short else args.documents)
@@ -115,6 +119,7 @@ def subject(data: DataSet, args: argparse.Namespace) -> Subject:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = parser_of(f"benchmarks.{NAME}", __doc__)
+    add_quality_options(parser, NAME)
     add = parser.add_argument
     add("--data", nargs="+", help=f"names or files (with --quick: {' '.join(QUICK_DATA)})")
     add("--collection", type=Path, help="file of the documents that --data has numbers of")
@@ -147,7 +152,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Argu
         type=int,
         help="questions of each level that the controls of soft and refine ask (default: all)",
     )
-    add_quality_options(parser, NAME)
     args = parser.parse_args(argv)
     for name, quick, full in (
         ("documents", QUICK_DOCUMENTS, DOCUMENTS),

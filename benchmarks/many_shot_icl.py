@@ -96,7 +96,7 @@ def level(encoder: Encoder, data: Examples, shots: int, args: argparse.Namespace
     chosen = demonstrations.first_shots(data, shots, args.seed)
     texts = contexts(chosen, data.labels, args.per_context)
     half = tuple(range((len(texts) + 1) // 2))
-    items = warm_examples(data.labels)[: getattr(args, "warm_items", 0)]
+    items = warm_examples(data.labels)[: args.warm_items]
     warm = "".join(shown(example, data.labels) for example in items)
     questions = [
         Question(

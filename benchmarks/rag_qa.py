@@ -113,7 +113,7 @@ def chosen(data: OpenQuestions, args: argparse.Namespace) -> list[OpenQuestion]:
 
 def level(encoder: Encoder, data: OpenQuestions, count: int, args: argparse.Namespace) -> Level:
     """All questions over so many documents."""
-    warm = data.form.warm[: getattr(args, "warm_items", 0)]
+    warm = data.form.warm[: args.warm_items]
     asked = [
         question(encoder, one, data.collection, count, args.seed, warm)
         for one in chosen(data, args)

@@ -16,7 +16,7 @@ TOLERANCE = {"float32": 0.01, "other": 0.3}
 ANSWER_TOKENS = 8
 REFERENCE_TOKENS = 1024  # of a prompt; the reference is dense
 REFERENCE_CONTEXTS = 8
-SCORE_TOLERANCE = {"float32": 1e-4, "other": 0.02}  # of a score, relative to it
+SCORE_TOLERANCE = {"float32": 1e-4, "other": 0.05}  # of a score, relative to it
 
 
 class ControlError(Exception):

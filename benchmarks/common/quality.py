@@ -115,6 +115,15 @@ def first_line(text: str) -> str:
 
 
 def add_quality_options(parser: argparse.ArgumentParser, results: str) -> None:
+    """Options of all quality benchmarks.
+
+    Those of the quality ladder are off, unless the benchmark adds them after this.
+
+    Args:
+        parser: gets the options.
+        results: name of the folder of results.
+    """
+    parser.set_defaults(soft=0.0, refine=0, warm_items=0, checked=None)
     add_server_options(parser, results)
     add_url_option(parser)
     add = parser.add_argument
@@ -306,14 +315,9 @@ class _Measure:
         self._client = client
         self._name = subject.name
         self._task = subject.task
-        self._rungs = Rungs(
-            args.temperature,
-            args.scale,
-            getattr(args, "soft", 0.0),
-            getattr(args, "refine", 0),
-        )
+        self._rungs = Rungs(args.temperature, args.scale, args.soft, args.refine)
         self._methods = methods
-        self._checked = getattr(args, "checked", None)
+        self._checked = args.checked
         self._seed = args.seed
         self._concurrency = args.concurrency
         self._timed = args.timed

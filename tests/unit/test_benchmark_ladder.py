@@ -24,6 +24,7 @@ from benchmarks.common.passages import (
     ranking,
     with_hard_negatives,
 )
+from benchmarks.common.prompts import Prompt
 from benchmarks.common.scores import every_span_match
 from tests.unit import test_benchmark_quality
 from tests.unit.test_benchmark_data import written
@@ -322,6 +323,17 @@ def test_gold_contexts_are_where_the_prompt_has_them(tiny_llama: Path) -> None:
         golds = [encoder.prompt("", [rag_qa.shown(p)], "").contexts[0] for p in one.needed]
         assert sorted(made.gold) == sorted(made.prompt.contexts.index(gold) for gold in golds)
         assert made.prompt.warm
+
+
+def test_a_small_set_is_asked_whole() -> None:
+    data = invented.two_codes(0, 5)
+    for questions, asked in ((3, 3), (9, 5)):
+        args, _ = ladder.parse(["--quick", "--questions", str(questions)])
+        assert args.soft == 0.1 and args.warm_items == 2
+        made = ladder.subject(data, args)
+        encoder = rag_qa.Encoder.__new__(rag_qa.Encoder)
+        encoder.prompt = lambda *_: Prompt([1], ([2], [3]), [4])  # type: ignore[method-assign]
+        assert {len(level.questions) for level in made.levels(encoder)} == {asked}
 
 
 @pytest.mark.parametrize(
