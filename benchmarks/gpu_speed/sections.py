@@ -151,7 +151,8 @@ class Sections:
                 self._check_miss("ladder/prefill", answer.cached_tokens, len(documents.prefix))
                 self._record.add("ladder/prefill", [answer.seconds])
         for figure in (*(f"ladder/ttft/{name}" for name in rungs), "ladder/prefill"):
-            self._say(figure)
+            if figure in self._record.content["samples"]:
+                self._say(figure)
         for batch in ladder.batches:
             for _ in range(self._scale.decode_repeats):
                 self._decode_ladder(batch, documents)
@@ -167,6 +168,7 @@ class Sections:
             self._check_hit(figure, answer.cached_tokens, documents)
         elif not 0 < answer.refined_tokens <= ladder.refine * self._scale.context:
             self._record.warn(f"{figure}: {answer.refined_tokens} tokens of contexts computed")
+            return  # the same contexts were chosen in the same order before: a hit is no sample
         if is_timed:
             self._record.add(figure, [answer.seconds])
 
