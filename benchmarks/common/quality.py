@@ -232,6 +232,7 @@ def _measure_all(
     results.note("controls", {})
     results.note("comparisons", [])
     reference = _Reference(args, client)
+    failures: list[str] = []
     with (args.out / "answers.jsonl").open("w") as answers:
         for subject, levels in prepared:
             measure = _Measure(client, subject, args, answers, methods)
@@ -241,9 +242,16 @@ def _measure_all(
                 for row in measure.level(level):
                     results.add({"data": subject.name} | row)
                 results.content["comparisons"] += measure.comparisons(level)
-                for name, seen in measure.check(level, info["dtype"]):
-                    _note_control(results, subject, f"{name}, {level.contexts_of}", seen)
+                try:
+                    for name, seen in measure.check(level, info["dtype"]):
+                        _note_control(results, subject, f"{name}, {level.contexts_of}", seen)
+                except controls.ControlError as error:
+                    # What follows is measured all the same: hours may have gone into it.
+                    failures.append(f"{subject.name}, {level.contexts_of}: {error}")
+                    _note_control(results, subject, f"failed, {level.contexts_of}", str(error))
             _show(args, subject, results)
+    if failures:
+        raise controls.ControlError("; ".join(failures))
 
 
 def _note_control(results: Results, subject: Subject, name: str, seen: str) -> None:

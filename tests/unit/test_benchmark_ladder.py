@@ -1,6 +1,7 @@
 """The measurement of the quality ladder: statistics, hard negatives, its data and a whole run."""
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -276,8 +277,12 @@ def test_controls_may_ask_fewer_questions(rungs: LadderServer, tmp_path: Path) -
 
 def test_soft_that_moves_nothing_must_move_nothing(rungs: LadderServer, tmp_path: Path) -> None:
     rungs.moved_by = LEAST_SOFT
-    with pytest.raises(ControlError, match="soft with a λ that moves nothing"):
+    with pytest.raises(ControlError, match="places, 4 documents: question 0: soft with a λ"):
         run(ladder.main, tmp_path, *SMALL)
+    left = json.loads((tmp_path / "results.json").read_text())
+    assert not left["finished"]
+    assert {row["data"] for row in left["rows"]} == set(ladder.QUICK_DATA)
+    assert "soft with a λ" in left["controls"]["requests"]["failed, 8 shots in 2"]
     rungs.moved_by, rungs.without_scores = None, True
     with pytest.raises(ControlError, match="0 scores for 4 contexts"):
         run(ladder.main, tmp_path, *SMALL)
