@@ -121,7 +121,7 @@ def ask(client: Client, kind: Kind, prompt: Prompt, new_tokens: int) -> Timed:
         ControlError: some of it was cached.
     """
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    (timed,) = client.stream([body_of(METHODS[kind], prompt, (), {}, sampling)])
+    (timed,) = client.stream([body_of(METHODS[kind], prompt, (), None, sampling)])
     if timed.meta["cached_tokens"]:
         raise ControlError(f"{timed.meta['cached_tokens']} tokens of a new request were cached")
     return timed
