@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from tests.campaigns.tree_model import ModelHost
 from tests.support.oracle import one_thread
-from tests.support.tree import CONTEXTS, PREFIXES, Parts, Request, ape, plain
+from tests.support.tree import CONTEXTS, PREFIXES, Parts, Request, ape, plain, scoring
 
 EXAMPLES, STEPS = 40, 150  # of one run of hypothesis, and of one example
 QUERIES = [[1], [1, 2], [1, 2, 3, 1]]
@@ -166,6 +166,28 @@ class TreeMachine(RuleBasedStateMachine):
         assert req.parts is not None
         self.past.append((req.parts, extra_key))
         self.submit(req, chunk, then, logprob_start)
+
+    @rule(
+        prefix=prefixes,
+        contexts=st.lists(context_ids, min_size=1, max_size=MAX_CONTEXTS),
+        query=queries,
+        extra_key=keys,
+        chunk=chunks,
+        then=fates,
+    )
+    @step
+    def arrive_to_score(
+        self,
+        prefix: list[int],
+        contexts: list[list[int]],
+        query: list[int],
+        extra_key: str | None,
+        chunk: int,
+        then: str,
+    ) -> None:
+        """Asks how likely a query is; where it ends at once, behind an overlapped decode step."""
+        req = scoring(*contexts, prefix=prefix, query=query, extra_key=extra_key)
+        self.submit(req, chunk, then, req.logprob_start_len)
 
     @precondition(lambda self: self.past)
     @rule(

@@ -168,7 +168,7 @@ class ModelHost(Host):
     def commit(self, req: Request) -> None:
         self._store(req, req.extend_range.end)
         super().commit(req)
-        row = self.row(req)
+        row = self.row(req)[: _cacheable(req, req.extend_range.end)]
         cached = [self.model.cached[one] for one in req.identities(len(row))]
         assert row == cached, "a row with slots that are not the tree's"
 
@@ -194,6 +194,7 @@ class ModelHost(Host):
         self.events["requests retracted"] += 1
 
     def _store(self, req: Request, end: int) -> None:
+        end = _cacheable(req, end)
         row = req.identities(end)
         self.model.store(row, self.row(req)[:end])
         spec = req.spec_now()
@@ -310,6 +311,11 @@ def _namespace(extra_key: Any) -> tuple[str | None, ...]:
         _, own, group = extra_key
         return query_namespace(own, group)
     return path_namespace(extra_key)
+
+
+def _cacheable(req: Request, end: int) -> int:
+    """Copies of a query that is being scored are nobody else's."""
+    return end if req.copies_start is None else min(end, req.copies_start)
 
 
 def _length(req: Request) -> int:

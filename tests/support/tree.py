@@ -103,6 +103,7 @@ class Request(Req):
         )
         self.logprob_start_len = -1  # what the scheduler sets where none is asked for
         self.parts = parts  # None: a plain request
+        self.copies_start: int | None = None  # row of the first copy of the query, if it scores any
 
     def identities(self, stop: int) -> list[Identity]:
         """Those of the first ``stop`` rows, from the row's own tokens."""
@@ -177,6 +178,7 @@ def scoring(
     parts = Parts(prefix, list(contexts), copies, 1.0, 1.0)
     req = Request(ids, spec.to_custom_params(), extra_key, parts)
     req.return_logprob, req.logprob_start_len = True, spec.context_end
+    req.copies_start = spec.context_end
     return req
 
 
@@ -385,7 +387,8 @@ class Host:
         held = {id(node): node.lock_ref for node in locked}
         assert held == dict(wanted), "locks are not those of the active requests and the pins"
         leaves = {id(n) for n in nodes if not n.children and n.lock_ref == 0}
-        assert {id(node) for node in self.tree.evictable_leaves} == leaves
+        evictable = {id(node) for node in self.tree.evictable_leaves}
+        assert evictable == leaves, "leaves that may be evicted are not those without a lock"
 
     def assert_everything_can_be_evicted(self) -> None:
         assert not self.active

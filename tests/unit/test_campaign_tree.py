@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang_ape.cache import tree
 from sglang_ape.cache.pins import Pins
 from sglang_ape.cache.tree import ApeRadixCache
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import ApeSpec, ScoreSpec
 from tests.campaigns.tree import TreeMachine, main, run
 
 Patch = pytest.MonkeyPatch
@@ -94,6 +94,22 @@ def slots_are_found_in_another_order(patch: Patch) -> None:
     patch.setattr(ApeRadixCache, "_result", reversed_result)
 
 
+@noticed_by("the tree and the model differ")
+def copies_of_a_scored_query_are_stored(patch: Patch) -> None:
+    patch.setattr(ScoreSpec, "cacheable", lambda self, stop: stop)
+
+
+@noticed_by("slots without an owner")
+def copies_of_a_scored_query_are_not_freed(patch: Patch) -> None:
+    free = ApeRadixCache._free_rows
+
+    def free_no_copies(self: ApeRadixCache, req: Any, start: int, stop: int) -> None:
+        if req.copies_start is None or start < req.copies_start:
+            free(self, req, start, stop)
+
+    patch.setattr(ApeRadixCache, "_free_rows", free_no_copies)
+
+
 @noticed_by("locks are not those of the active requests")
 def only_the_prefix_is_locked(patch: Patch) -> None:
     for name in ("inc_lock_ref", "dec_lock_ref"):
@@ -105,7 +121,7 @@ def only_the_prefix_is_locked(patch: Patch) -> None:
         patch.setattr(ApeRadixCache, name, prefix_only)
 
 
-@noticed_by("evicted under a lock")
+@noticed_by("evicted under a lock|not those without a lock")
 def locked_leaves_are_evicted(patch: Patch) -> None:
     evict = ApeRadixCache.evict
 
