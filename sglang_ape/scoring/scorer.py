@@ -40,6 +40,7 @@ class Scorer:
         self._manager = manager
         self._limits = limits
         self._pinned_tokens = pinned_tokens
+        self._logs_requests = manager.server_args.log_requests
         self._asked: dict[str, set[str]] = {}  # by a caller's rid, those of its scoring requests
 
     async def score(self, question: Question, generate: Generate, request: Any) -> Scores:
@@ -99,7 +100,7 @@ class Scorer:
     async def _ask_all(
         self, rows: Sequence[ScoreRow], question: Question, generate: Generate, request: Any
     ) -> list[tuple[list[float], int]]:
-        objs = [_request_of(row, question) for row in rows]
+        objs = [_request_of(row, question, self._logs_requests) for row in rows]
         asked = self._asked.setdefault(question.rid, set()) if question.rid else set()
         asked.update(obj.rid for obj in objs)
         try:  # what is cancelled, SGLang aborts
@@ -126,11 +127,14 @@ async def _ask(
     return likelihoods(row, info["input_token_logprobs"]), computed
 
 
-def _request_of(row: ScoreRow, question: Question) -> GenerateReqInput:
-    """An ordinary request that asks for no token, and for log-probabilities of its copies."""
+def _request_of(row: ScoreRow, question: Question, is_logged: bool) -> GenerateReqInput:
+    """An ordinary request that asks for no token, and for log-probabilities of its copies.
+
+    SGLang turns a list of ids into such an array, but its log shortens lists alone.
+    """
     return GenerateReqInput(
         rid=uuid.uuid4().hex,
-        input_ids=row.input_ids.tolist(),
+        input_ids=row.input_ids.tolist() if is_logged else row.input_ids,
         # Greedy: a batch of greedy requests is not slowed down, or disturbed, by sampling for it.
         sampling_params={
             "max_new_tokens": 0,

@@ -158,6 +158,7 @@ class Engine:
         self.finish_reason = {"type": "length"}
         loaded = {"adapter": SimpleNamespace(lora_id="id of adapter")}
         self.lora_registry = SimpleNamespace(get_all_adapters=lambda: loaded)
+        self.server_args = SimpleNamespace(log_requests=False)
 
     async def generate(self, obj: Any, request: Any) -> AsyncIterator[Any]:
         self.asked.append(obj)
