@@ -28,6 +28,7 @@ VISIT_TOKENS = 4  # that a new tenant is answered
 
 _ABORTED_EARLY = "aborted before the first token"
 _ABORTED_LATE = "aborted after some tokens"
+_NO_ROOM = "refused: no room beside the pins"
 
 
 class Pool(NamedTuple):
@@ -136,12 +137,16 @@ class Clients:
     async def _receive(self, ask: Ask) -> Outcome:
         """Read the answer, or as much of it as the client stays for."""
         answers, left = await self._read(ask)
-        faults = tuple(faults_in(ask, answers, partial=left))
+        # A request that later pins keep out gets 400; SGLang ends a stream as one that is aborted.
+        kept_out = ask.kind.streams and self._pins_may_keep_out(ask)
+        faults = tuple(faults_in(ask, answers, partial=left, may_abort=kept_out))
         if faults:
             return Outcome("wrong", faults)
         if left:
             return Outcome(ask.fate.value)
         aborted = [answer for answer in answers if answer.finish == "abort"]
+        if aborted and ask.fate is not Fate.ABORT:
+            return Outcome(_NO_ROOM)
         if aborted:
             return Outcome(_ABORTED_LATE if any(one.tokens for one in aborted) else _ABORTED_EARLY)
         return Outcome("completed and equal")
@@ -214,13 +219,16 @@ class Clients:
                 self.presence.held_since(place, begun) for place in ask.places
             ):
                 return Outcome("refused: an id that was deleted")
-            room = self._pool.usable - self._pool.max_pinned
-            if "pinned" in refused.message and ask.needed_tokens(self._corpus) > room:
-                return Outcome("refused: no room beside the pins")
+            if "pinned" in refused.message and self._pins_may_keep_out(ask):
+                return Outcome(_NO_ROOM)
         # SGLang's answer to several samples whose prompt it is still encoding.
         if ask.fate is Fate.ABORT and refused.status == 499 and "aborted" in refused.message:
             return Outcome(_ABORTED_EARLY)
         return Outcome("refused without a known reason", (str(refused),))
+
+    def _pins_may_keep_out(self, ask: Ask) -> bool:
+        room = self._pool.usable - self._pool.max_pinned
+        return ask.needed_tokens(self._corpus) > room
 
     # ------------------------------------------------------------ beside them
 

@@ -258,13 +258,23 @@ def answer_of_stream(ask: Ask, events: Sequence[Any]) -> Answer:
     return Answer(tokens, finishes[-1] if finishes else None, [])
 
 
-def faults_in(ask: Ask, answers: Sequence[Answer], partial: bool = False) -> Iterator[str]:
-    """How answers differ from the oracle's, or partial and aborted ones from its beginning."""
+def faults_in(
+    ask: Ask, answers: Sequence[Answer], partial: bool = False, may_abort: bool = False
+) -> Iterator[str]:
+    """How answers differ from the oracle's, or partial and aborted ones from its beginning.
+
+    Args:
+        ask: what was asked.
+        answers: to it.
+        partial: whether the client left before their end.
+        may_abort: whether the server has a reason of its own to end the request.
+    """
+    may_abort = may_abort or ask.fate is Fate.ABORT
     if len(answers) != len(ask.jobs) * ask.samples:
         yield f"{len(answers)} answers to {len(ask.jobs)} jobs, {ask.samples} samples each"
         return
     for i, answer in enumerate(answers):
-        if answer.finish == "abort" and ask.fate is not Fate.ABORT:
+        if answer.finish == "abort" and not may_abort:
             yield f"answer {i} was aborted, and nobody asked for that"
         whole = not partial and answer.finish != "abort"
         fault = _fault(answer, ask.jobs[i // ask.samples], ask.new_tokens, whole)
