@@ -2,7 +2,7 @@
 
 These are functions of the process that runs the programs. SGLang's HookRegistry is applied in
 server processes only, so they are replaced here. A program without ``parallel_contexts`` passes
-through each of them unchanged.
+through each of them unchanged, but for ``end``, which is mended for every program.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ PATCHES = (
         program.around_fork,
     ),
     Patch(interpreter, "StreamExecutor", "get_var", ("self", "name"), program.around_get_var),
+    Patch(interpreter, "StreamExecutor", "end", ("self",), program.around_end),
     Patch(interpreter, "ProgramState", "text_iter", _STREAM, program.around_text_iter),
     Patch(
         interpreter,

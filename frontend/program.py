@@ -134,6 +134,19 @@ def around_get_var(original: Original, executor: Any, name: str) -> Any:
     raise use.failure()
 
 
+def around_end(original: Original, executor: Any) -> None:
+    """Around ``StreamExecutor.end``, which the garbage collector calls for a program that failed.
+
+    It asks whether the worker is alive. Of a worker that has ended, ``threading`` then takes the
+    lock under which it starts threads; a collection that begins under that lock would wait for
+    itself, and no thread of the process could be started any more. Such a worker needs no message.
+    """
+    if executor.is_finished:
+        executor.backend.end_program(executor)
+    else:
+        original(executor)
+
+
 def around_text_iter(original: Original, state: Any, *args: Any, **kwargs: Any) -> Iterator[str]:
     """Around ``ProgramState.text_iter``: a stream that breaks off raises the reason."""
     yield from original(state, *args, **kwargs)

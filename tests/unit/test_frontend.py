@@ -600,6 +600,21 @@ def test_no_thread_is_left_behind_by_an_error(backend: sgl.RuntimeEndpoint) -> N
     assert threading.active_count() <= before
 
 
+def test_a_failed_program_can_be_collected_while_a_thread_is_being_started(
+    server: FakeServer, backend: sgl.RuntimeEndpoint
+) -> None:
+    """``threading`` starts and forgets threads under one lock, and may collect garbage there."""
+    server.refusal = {"error": {"message": "contexts: too long"}}
+    executor = ask.run(documents=DOCUMENTS, backend=backend).stream_executor
+    executor.worker._tstate_lock.acquire()  # held as long as the worker lives
+    executor.worker._tstate_lock.release()
+    collector = threading.Thread(target=executor.end, daemon=True)
+    with threading._shutdown_locks_lock:
+        collector.start()
+        collector.join(10)
+        assert not collector.is_alive()
+
+
 ##### Attachment
 
 
