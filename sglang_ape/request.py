@@ -16,10 +16,23 @@ def spec_of(req: Any) -> ApeSpec | None:
     (``Req.set_finish_with_abort``) and counts as plain.
     """
     if not hasattr(req, "ape_spec"):
-        req.ape_spec = ApeSpec.from_custom_params(req.sampling_params.custom_params)
+        req.ape_spec = _read_spec(req)
     spec = req.ape_spec
     if spec is None or len(req.origin_input_ids) <= spec.context_end:
         return None
+    return spec
+
+
+def _read_spec(req: Any) -> ApeSpec | None:
+    """SGLang adds the request itself to its custom parameters, for a custom logit processor.
+
+    Without a processor that only keeps finished requests, with their tokens and nodes of the tree,
+    in memory until the next full garbage collection, which a large process seldom has.
+    """
+    params = req.sampling_params.custom_params
+    spec = ApeSpec.from_custom_params(params)
+    if spec is not None and req.custom_logit_processor is None:
+        params.pop("__req__", None)
     return spec
 
 

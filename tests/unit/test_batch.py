@@ -27,6 +27,7 @@ def make_request(rid: str, spec: ApeSpec | None, extra_key: str | None = None) -
     return SimpleNamespace(
         rid=rid,
         sampling_params=params,
+        custom_logit_processor=None,
         origin_input_ids=ids,
         extra_key=extra_key,
         last_node=None,

@@ -1,11 +1,16 @@
 """The APE side of a scheduler request."""
 
+import gc
+import weakref
 from array import array
 from collections import Counter
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ape.request import reorder_contexts, spec_of
 from sglang_ape.spec import ApeSpec
@@ -28,6 +33,7 @@ def make_request(
     params = ApeSpec(len(prefix), lens, 0.8, 0.9, "name").to_custom_params()
     return SimpleNamespace(
         sampling_params=SimpleNamespace(custom_params=params),
+        custom_logit_processor=None,
         origin_input_ids=ids,
         origin_input_ids_unpadded=ids,
         output_ids=array("q"),
@@ -124,3 +130,21 @@ def test_any_chain_of_reorders_keeps_prefix_query_and_the_contexts(
     assert ids[: len(prefix)] == prefix
     assert ids[start:] == QUERY
     assert Counter(now) == Counter(map(tuple, contexts))
+
+
+@pytest.mark.parametrize(("processor", "is_freed"), [(None, True), ("a processor", False)])
+def test_a_request_is_freed_without_the_garbage_collector(
+    processor: str | None, is_freed: bool
+) -> None:
+    """Unless a custom logit processor reads it from its parameters, as SGLang has it."""
+    ids = make_request().origin_input_ids
+    params = SamplingParams(custom_params=make_request().sampling_params.custom_params)
+    gc.disable()
+    try:
+        req = Req("a", "", ids, params, custom_logit_processor=processor)
+        assert spec_of(req) == ApeSpec(2, (3, 1, 2), 0.8, 0.9, "name")
+        alive = weakref.ref(req)
+        del req
+        assert (alive() is None) == is_freed
+    finally:
+        gc.enable()
