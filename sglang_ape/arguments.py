@@ -24,6 +24,7 @@ _OF_PROFILE = {
     "refine": 0,
     "prefix": None,
 }
+LIKELIHOOD, ATTENTION = "likelihood", "attention"  # values of --ape-scorer
 TREE_BACKEND = "ape"
 ATTENTION_BACKENDS = ("flashinfer", "torch_native")
 
@@ -80,6 +81,14 @@ FLAGS = (
         None,
         "Contexts of highest likelihood of the query that are encoded as one sequence, the others "
         "being left out; 0: off. A request may override it. Default: the profile's, else 0.",
+    ),
+    Flag(
+        "ape_scorer",
+        str,
+        LIKELIHOOD,
+        f"How soft and refine score contexts: {LIKELIHOOD}, by how likely they make the query, or "
+        f"{ATTENTION}, by how much the query attends to them, which is cheaper and less exact "
+        "(--attention-backend torch_native only).",
     ),
     Flag(
         "ape_prefix",
@@ -225,6 +234,8 @@ def apply_defaults(args: Any) -> None:
     if not 0 <= args.ape_scale <= MAX_SCALE:
         raise ValueError(f"--ape-scale must be in [0, 10], got {args.ape_scale}")
     _check_ladder(args)
+    if args.ape_scorer not in (LIKELIHOOD, ATTENTION):
+        raise ValueError(f"--ape-scorer must be {LIKELIHOOD} or {ATTENTION}, got {args.ape_scorer}")
     warm_items(args)  # a bad file is found before the model is loaded
     if args.ape_max_context_tokens is not None and args.ape_max_context_tokens < 1:
         given = args.ape_max_context_tokens
@@ -320,6 +331,7 @@ def refuse_combinations(args: Any) -> None:
         for phase in ("prefill", "decode")
     )
     restricted = (*_RESTRICTED, *one_backend, *_RESTRICTED_BY_BACKEND.get(backend, ()))
+    _refuse_with_attention_scorer(args, backend)
     for field, allowed, reason in restricted:
         value = getattr(args, field)
         if value not in allowed:
@@ -328,6 +340,19 @@ def refuse_combinations(args: Any) -> None:
     for name, reason in _REFUSED_ENVIRONMENT.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
             raise ValueError(f"--enable-ape cannot be combined with {name}=1: {reason}")
+
+
+def _refuse_with_attention_scorer(args: Any, backend: str) -> None:
+    if args.ape_scorer != ATTENTION:
+        return
+    reasons = {
+        f"--attention-backend {backend}": ("it measures no attention", backend != "torch_native"),
+        "--tp-size": ("a rank has the attention of its own heads only", args.tp_size != 1),
+        "--skip-tokenizer-init": ("a null query is made of text", args.skip_tokenizer_init),
+    }
+    for name, (reason, is_given) in reasons.items():
+        if is_given:
+            raise ValueError(f"--ape-scorer {ATTENTION} cannot be combined with {name}: {reason}")
 
 
 def refuse_model(config: Any, attention_backend: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sglang_ape.arguments import MAX_BODY_BYTES, MAX_CONTEXTS
 from sglang_ape.request import spec_of
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import MOST_NULL_TOKENS, ApeSpec
 
 
 class Limits(NamedTuple):
@@ -69,9 +69,11 @@ def extra_row_tokens(extra: int, server_args: Any) -> int:
     """AFTER hook on ``get_req_to_token_extra_context_len``: widen the page table's rows.
 
     A row within the window holds at most ``window`` tokens beside the hidden ones, and those are
-    fewer than the contexts' total.
+    fewer than the contexts' total and, in a row that measures attention, a null query.
     """
-    return extra + server_args.ape_max_context_tokens if server_args.enable_ape else extra
+    if not server_args.enable_ape:
+        return extra
+    return extra + server_args.ape_max_context_tokens + MOST_NULL_TOKENS
 
 
 def around_validate_one_request(

@@ -180,9 +180,11 @@ def after_check_server_args(_result: None, args: Any) -> None:
 def _after_init_request_dispatcher(_result: None, scheduler: Any) -> None:
     """AFTER hook on ``Scheduler.init_request_dispatcher``."""
     if scheduler.server_args.enable_ape:
-        from sglang_ape.store.channel import answer_messages
+        from sglang_ape.scoring import channel as scores_channel
+        from sglang_ape.store import channel
 
-        answer_messages(scheduler)
+        channel.answer_messages(scheduler)
+        scores_channel.answer_messages(scheduler)
 
 
 def _register_hook(hook: Hook) -> None:

@@ -1,8 +1,8 @@
 """What an APE request is to the engine: segments of one token row, T and S, and a bias.
 
 An APE request is one ordinary request whose row is ``P + C_1 + ... + C_N + Q``; generated tokens
-continue Q. A scoring request has a copy of Q for each context in the place of Q. Everything here is
-arithmetic on lengths: no torch, no SGLang.
+continue Q. A scoring request has a copy of Q for each context in the place of Q, or Q and a null
+query that read no context. Everything here is arithmetic on lengths: no torch, no SGLang.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -23,9 +23,14 @@ SCALE = "ape_scale"
 NAMESPACE = "ape_namespace"
 BIAS = "ape_bias"
 COPY_LEN = "ape_copy_len"
+PROBE_LENS = "ape_probe_lens"
 CUSTOM_PARAM_KEYS = frozenset(
-    {PREFIX_LEN, CONTEXT_LENS, TEMPERATURE, SCALE, NAMESPACE, BIAS, COPY_LEN}
+    {PREFIX_LEN, CONTEXT_LENS, TEMPERATURE, SCALE, NAMESPACE, BIAS, COPY_LEN, PROBE_LENS}
 )
+
+
+MOST_NULL_TOKENS = 16
+"""Of the null query of a ProbeSpec; the page table has room for them."""
 
 
 class Segment(NamedTuple):
@@ -59,6 +64,8 @@ class ApeSpec:
     scale: float
     namespace: str
     bias: tuple[float, ...] = ()
+
+    generates: ClassVar[bool] = True
 
     @cached_property
     def context_starts(self) -> tuple[int, ...]:
@@ -147,6 +154,8 @@ class ApeSpec:
             return None
         if COPY_LEN in params:
             return ScoreSpec.of(params[PREFIX_LEN], params[CONTEXT_LENS], params[COPY_LEN])
+        if PROBE_LENS in params:
+            return ProbeSpec.of(params[PREFIX_LEN], params[CONTEXT_LENS], *params[PROBE_LENS])
         return cls(
             prefix_len=params[PREFIX_LEN],
             context_lens=tuple(params[CONTEXT_LENS]),
@@ -173,6 +182,8 @@ class ScoreSpec(ApeSpec):
 
     copy_len: int = 0
     places: tuple[int, ...] = ()
+
+    generates: ClassVar[bool] = False
 
     @classmethod
     def of(cls, prefix_len: int, context_lens: Sequence[int], copy_len: int) -> ScoreSpec:
@@ -205,11 +216,10 @@ class ScoreSpec(ApeSpec):
 
     def reordered(self, order: Sequence[int]) -> ScoreSpec:
         """Contexts change places, copies stay where they are."""
-        new_place = {place: k for k, place in enumerate(order)}
         return replace(
             self,
             context_lens=tuple(self.context_lens[i] for i in order),
-            places=tuple(new_place[place] for place in self.places),
+            places=_moved(self.places, order),
         )
 
     def cacheable(self, stop: int) -> int:
@@ -217,3 +227,76 @@ class ScoreSpec(ApeSpec):
 
     def to_custom_params(self) -> dict[str, Any]:
         return {**super().to_custom_params(), COPY_LEN: self.copy_len}
+
+
+@dataclass(frozen=True)
+class ProbeSpec(ApeSpec):
+    """A row that asks how much Q attends to each context: ``P + C_1 + ... + C_N + Q + null``.
+
+    Q, and a null query behind it, attend to P and to their own past alone, at the positions that Q
+    has. How much attention they would give to each context is measured beside that
+    (``attention.mass``). Neither is ever cached, and the request generates nothing.
+
+    Args:
+        query_len: tokens of Q.
+        null_len: tokens of the null query.
+        places: where the contexts stand in the row, in the order in which they were sent.
+    """
+
+    query_len: int = 0
+    null_len: int = 0
+    places: tuple[int, ...] = ()
+
+    generates: ClassVar[bool] = False
+
+    @classmethod
+    def of(
+        cls, prefix_len: int, context_lens: Sequence[int], query_len: int, null_len: int
+    ) -> ProbeSpec:
+        """The spec of a row as it is sent."""
+        lens = tuple(context_lens)
+        places = tuple(range(len(lens)))
+        return cls(prefix_len, lens, 1.0, 1.0, "", (), query_len, null_len, places)
+
+    @cached_property
+    def row_len(self) -> int:
+        return self.context_end + self.query_len + self.null_len
+
+    @cached_property
+    def hidden_tokens(self) -> int:
+        shorter = min(self.query_len, self.null_len)
+        return sum(self.context_lens) - max(self.context_lens) + shorter
+
+    def queries(self, start: int, stop: int) -> Iterator[Segment]:
+        """The parts of Q (0) and of the null query (1) that rows [start, stop) cover."""
+        middle = self.context_end + self.query_len
+        for which, begin, end in ((0, self.context_end, middle), (1, middle, self.row_len)):
+            if max(begin, start) < min(end, stop):
+                yield Segment(which, max(begin, start), min(end, stop))
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        out = super().positions(start, stop)
+        for which, begin, end in self.queries(start, stop):
+            first = self.context_end + which * self.query_len
+            at = self.prefix_len + max(self.context_lens) - first
+            out[begin - start : end - start] = np.arange(begin + at, end + at)
+        return out
+
+    def reordered(self, order: Sequence[int]) -> ProbeSpec:
+        return replace(
+            self,
+            context_lens=tuple(self.context_lens[i] for i in order),
+            places=_moved(self.places, order),
+        )
+
+    def cacheable(self, stop: int) -> int:
+        return min(stop, self.context_end)
+
+    def to_custom_params(self) -> dict[str, Any]:
+        return {**super().to_custom_params(), PROBE_LENS: [self.query_len, self.null_len]}
+
+
+def _moved(places: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Where contexts stand after context ``order[k]`` has come to place k."""
+    new_place = {place: k for k, place in enumerate(order)}
+    return tuple(new_place[place] for place in places)

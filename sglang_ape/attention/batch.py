@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sglang_ape.attention.mass import AttentionMass
 from sglang_ape.attention.rectangles import Reader
 from sglang_ape.request import spec_of
-from sglang_ape.spec import ApeSpec, ScoreSpec
+from sglang_ape.spec import ApeSpec, ProbeSpec
 
 
 class ApeBatch(NamedTuple):
@@ -26,6 +27,7 @@ class ApeBatch(NamedTuple):
     # Equal for requests whose contexts hold the same KV and are read with the same T and S.
     context_sets: Sequence[Hashable | None]
     readers: Sequence[Reader | None] = ()  # of a decode step; the same objects at every step
+    masses: Sequence[AttentionMass | None] = ()  # of a prefill batch: of requests with a ProbeSpec
 
 
 _rids: list[str] = []
@@ -133,15 +135,15 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
         begin_batch([], None)
         return
     is_decode = forward_batch.forward_mode.is_decode()
-    _announce(batch.reqs, _without_scoring(specs) if is_decode else specs, is_decode)
+    starts = None if is_decode else forward_batch.extend_prefix_lens_cpu
+    _announce(batch.reqs, _without_scoring(specs) if is_decode else specs, starts)
     positions = forward_batch.positions
     if positions is None or positions.numel() == 0:
         return
-    if is_decode:
+    if starts is None:
         hidden = torch.tensor([spec.hidden_tokens if spec else 0 for spec in specs])
         forward_batch.positions = positions - _beside(positions, hidden)
         return
-    starts = forward_batch.extend_prefix_lens_cpu
     stops = [a + n for a, n in zip(starts, forward_batch.extend_seq_lens_cpu, strict=True)]
     computed = torch.from_numpy(positions_of(specs, starts, stops))
     forward_batch.positions = _beside(positions, computed)
@@ -151,10 +153,13 @@ def _without_scoring(specs: Sequence[ApeSpec | None]) -> list[ApeSpec | None]:
     """A scoring request generates nothing, but while its end is not known yet, a decode step that
     overlaps with that has a row for it. Nobody reads the row: it may attend like a plain one.
     """
-    return [None if isinstance(spec, ScoreSpec) else spec for spec in specs]
+    return [spec if spec and spec.generates else None for spec in specs]
 
 
-def _announce(reqs: Sequence[Any], specs: Sequence[ApeSpec | None], is_decode: bool) -> None:
+def _announce(
+    reqs: Sequence[Any], specs: Sequence[ApeSpec | None], starts: Sequence[int] | None
+) -> None:
+    """``starts``: the first new row of each request; None in a decode step."""
     if not any(specs):
         begin_batch([], None)
         return
@@ -164,12 +169,24 @@ def _announce(reqs: Sequence[Any], specs: Sequence[ApeSpec | None], is_decode: b
         for req, spec in zip(reqs, specs, strict=True)
     ]
     readers: list[Reader | None] = []
-    if is_decode:
+    masses: list[AttentionMass | None] = []
+    if starts is None:
         readers = [
             reader_of(req, spec, whole) if spec else None
             for req, spec, whole in zip(reqs, specs, sets, strict=True)
         ]
-    begin_batch([req.rid for req in reqs], ApeBatch(specs, sets, readers))
+    else:
+        masses = [_mass_of(*one) for one in zip(reqs, specs, starts, strict=True)]
+    begin_batch([req.rid for req in reqs], ApeBatch(specs, sets, readers, masses))
+
+
+def _mass_of(req: Any, spec: ApeSpec | None, start: int) -> AttentionMass | None:
+    """What is collected of a measured request; kept on it from its first row of Q to its last."""
+    if not isinstance(spec, ProbeSpec):
+        return None
+    if start <= spec.context_end:
+        req.ape_mass = AttentionMass(spec.query_len, spec.null_len)
+    return req.ape_mass
 
 
 def _beside(positions: torch.Tensor, host: torch.Tensor) -> torch.Tensor:

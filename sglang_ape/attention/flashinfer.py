@@ -46,7 +46,7 @@ from sglang_ape.attention.rectangles import (
     Rates,
     prefill_groups,
 )
-from sglang_ape.spec import ApeSpec, ScoreSpec
+from sglang_ape.spec import ApeSpec
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             return None
         rows, tokens = [], []
         for spec, start, stop in zip(batch.specs, starts, stops, strict=True):
-            reads_all = spec is not None and not isinstance(spec, ScoreSpec)
+            reads_all = spec is not None and spec.generates
             end = spec.context_end if spec else stop
             rows.append(max(stop - max(start, end), 0) if reads_all else 0)
             tokens.append(end - spec.prefix_len if spec else 0)

@@ -1,16 +1,16 @@
 """Cut the new rows of a request into the sub-sequences of the path pass and the contexts pass.
 
 The *path* pass is causal over a token's own past: P and its own context for context tokens, P and
-Q for query and generated tokens, P and one context for a copy of Q that is being scored. The
-*contexts* pass lets query and generated tokens see every context, in no order. Only row ranges are
-handled here: no torch, no slots.
+Q for query and generated tokens, P and one context for a copy of Q that is being scored, P and
+itself for a query whose attention is being measured. The *contexts* pass lets query and generated
+tokens see every context, in no order. Only row ranges are handled here: no torch, no slots.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from sglang_ape.spec import ApeSpec, ScoreSpec
+from sglang_ape.spec import ApeSpec, ProbeSpec, ScoreSpec
 
 RowRange = tuple[int, int]  # half-open
 
@@ -20,6 +20,7 @@ class Path(NamedTuple):
 
     rows: RowRange
     kv: tuple[RowRange, ...]  # concatenated, the last one ends with ``rows``
+    query: int | None = None  # of a ProbeSpec: 0 for Q, 1 for the null query
 
 
 class RequestPlan(NamedTuple):
@@ -42,6 +43,8 @@ def plan_request(spec: ApeSpec, start: int, stop: int) -> RequestPlan:
     query_rows = None
     if isinstance(spec, ScoreSpec):
         paths += _paths_of_copies(spec, start, stop)
+    elif isinstance(spec, ProbeSpec):
+        paths += _paths_of_queries(spec, start, stop)
     elif stop > spec.context_end:
         query_rows = (max(start, spec.context_end), stop)
         paths.append(Path(query_rows, (prefix, (spec.context_end, stop))))
@@ -54,4 +57,12 @@ def _paths_of_copies(spec: ScoreSpec, start: int, stop: int) -> list[Path]:
         first = begin - (begin - spec.context_end) % spec.copy_len  # of the copy
         context = (spec.context_starts[place], spec.context_stops[place] - 1)
         paths.append(Path((begin, end), ((0, spec.prefix_len), context, (first, end))))
+    return paths
+
+
+def _paths_of_queries(spec: ProbeSpec, start: int, stop: int) -> list[Path]:
+    paths = []
+    for which, begin, end in spec.queries(start, stop):
+        first = spec.context_end + which * spec.query_len
+        paths.append(Path((begin, end), ((0, spec.prefix_len), (first, end)), which))
     return paths

@@ -5,7 +5,6 @@ Source: ``layers/attention/torch_native_backend.py`` of SGLang 0.5.17.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +12,23 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from flashinfer_ext.reference import attention_state, merge_state_scaled
-from sglang_ape.attention.batch import ape_batch
+from sglang_ape.attention.batch import ApeBatch, ape_batch
+from sglang_ape.attention.mass import AttentionMass, context_shares, finished
 from sglang_ape.attention.plan import RowRange, plan_request
-from sglang_ape.spec import ApeSpec
+from sglang_ape.spec import ApeSpec, ProbeSpec
 
 
 class _PathWork(NamedTuple):
     rows: slice  # of the batch's new tokens
     slots: torch.Tensor  # (kv_len,) KV slots in the order of the path
+    query: int | None = None  # of a ProbeSpec, which of the two it is
+
+
+class _Measured(NamedTuple):
+    """What is collected of a request with a ProbeSpec."""
+
+    mass: AttentionMass
+    ends: bool  # with the rows of this pass
 
 
 class _Work(NamedTuple):
@@ -32,6 +40,7 @@ class _Work(NamedTuple):
     query_rows: slice | None
     context_slots: torch.Tensor | None
     bias: torch.Tensor | None = None  # (slots,) fp32, natural log; None for 0
+    measured: _Measured | None = None
 
 
 class ApeTorchNativeBackend(TorchNativeAttnBackend):
@@ -44,7 +53,7 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
         batch = ape_batch(forward_batch.rids)
-        self._work = None if batch is None else self._plan(forward_batch, batch.specs)
+        self._work = None if batch is None else self._plan(forward_batch, batch)
 
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
@@ -60,7 +69,7 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         return self._forward(q, k, v, layer, forward_batch, save_kv_cache)
 
-    def _plan(self, forward_batch: Any, specs: Sequence[ApeSpec | None]) -> list[_Work]:
+    def _plan(self, forward_batch: Any, batch: ApeBatch) -> list[_Work]:
         """Resolve row ranges to KV slots once a step; every layer reuses them."""
         stops = forward_batch.seq_lens.tolist()
         if forward_batch.forward_mode.is_decode():
@@ -70,9 +79,16 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
         work, offset = [], 0
         table = self.req_to_token_pool.req_to_token
         indices = forward_batch.req_pool_indices.tolist()
-        for index, spec, stop, length in zip(indices, specs, stops, lens, strict=True):
+        for index, spec, stop, length in zip(indices, batch.specs, stops, lens, strict=True):
             work.append(_request_work(table[index], spec, stop - length, stop, offset))
             offset += length
+        for i, mass in enumerate(batch.masses):
+            spec = batch.specs[i]
+            if mass is not None and isinstance(spec, ProbeSpec):
+                ends = stops[i] == spec.row_len
+                work[i] = work[i]._replace(measured=_Measured(mass, ends))
+                if ends:  # in this pass, before anybody can ask
+                    finished.put(forward_batch.rids[i], mass, spec.places)
         return work
 
     def _forward(
@@ -96,9 +112,16 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         scale, lse = layer.scaling, None
-        for rows, slots in work.paths:
+        for path in work.paths:
+            rows, slots = path.rows, path.slots
             state, lse = attention_state(q[rows], keys[slots], values[slots], scale, causal=True)
             out[rows] = state
+            if work.measured is not None and path.query is not None:
+                own = keys[work.context_slots]
+                shares = context_shares(q[rows], own, scale, spec.context_lens, lse)
+                work.measured.mass.add(layer.layer_id, path.query, shares)
+        if work.measured is not None and work.measured.ends:
+            work.measured.mass.close(layer.layer_id)
         if work.query_rows is None:
             return
         # The query's path is the last one: ``state`` and ``lse`` are its own, still in fp32.
@@ -154,7 +177,7 @@ def _request_work(
     plan = plan_request(spec, start, stop)
     row = row[:stop].long()
     paths = [
-        _PathWork(tokens(path.rows), torch.cat([row[a:b] for a, b in path.kv]))
+        _PathWork(tokens(path.rows), torch.cat([row[a:b] for a, b in path.kv]), path.query)
         for path in plan.paths
     ]
     return _Work(

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_ape import metrics
-from sglang_ape.arguments import warm_items
+from sglang_ape.arguments import ATTENTION, warm_items
 from sglang_ape.concurrency import gather_or_cancel
 from sglang_ape.entry import expand
 from sglang_ape.entry.call import ApeCall, current_call
@@ -19,12 +19,13 @@ from sglang_ape.entry.prepare import Asked, prepare_call
 from sglang_ape.entry.report import RowParts, reported
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits, pin_cap
+from sglang_ape.scoring.probe import NULL_TEXT
 from sglang_ape.scoring.question import Question, Scores
 from sglang_ape.spec import CUSTOM_PARAM_KEYS
 from sglang_ape.store.contexts import ContextStore
 
 if TYPE_CHECKING:
-    from sglang_ape.scoring.scorer import Scorer
+    from sglang_ape.scoring.scorer import Attention, Scorer
     from sglang_ape.store.register import Registry
 
 logger = logging.getLogger(__name__)
@@ -87,10 +88,20 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
         marker=ContextMarker(tokenizer) if with_chat and tokenizer is not None else None,
         store=store,
         registry=Registry(manager, store, counted),
-        scorer=Scorer(manager, limits, lambda: store.pinned_tokens),
+        scorer=Scorer(manager, limits, lambda: store.pinned_tokens, _attention(manager)),
         metrics=counted,
         logs_requests=args.log_requests,
     )
+
+
+def _attention(manager: Any) -> Attention | None:
+    if manager.server_args.ape_scorer != ATTENTION:
+        return None
+    from sglang_ape.scoring.channel import ScoresChannel
+    from sglang_ape.scoring.scorer import Attention
+
+    null = expand.encode_text(manager.tokenizer, NULL_TEXT, "--ape-scorer")
+    return Attention(null, ScoresChannel(manager).take)
 
 
 def _preferred(manager: Any) -> dict[str, int]:

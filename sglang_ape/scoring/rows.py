@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sglang_ape.entry.call import Ids
 from sglang_ape.entry.expand import joined_ids
-from sglang_ape.spec import ScoreSpec
+from sglang_ape.spec import ProbeSpec, ScoreSpec
 
 
 class Room(NamedTuple):
@@ -23,8 +23,13 @@ class ScoreRow(NamedTuple):
     """One scoring request."""
 
     input_ids: array  # of type "q"
-    spec: ScoreSpec
-    contexts: tuple[int, ...]  # which ones it scores, one for each copy
+    spec: ScoreSpec | ProbeSpec
+    contexts: tuple[int, ...]  # which ones it scores; one for each copy of a ScoreSpec
+
+    @property
+    def scored_tokens(self) -> int:
+        """Those behind the contexts."""
+        return len(self.input_ids) - self.spec.context_end
 
 
 def score_rows(
@@ -64,6 +69,7 @@ def likelihoods(row: ScoreRow, logprobs: Sequence[Sequence[Any]]) -> list[float]
     Raises:
         RuntimeError: their number is not that of the copies' tokens, or a likelihood is no number.
     """
+    assert isinstance(row.spec, ScoreSpec)
     size, count = row.spec.copy_len, len(row.contexts)
     if len(logprobs) != size * count:
         raise RuntimeError(f"{len(logprobs)} log-probabilities for {count} copies of {size} tokens")

@@ -1,20 +1,25 @@
-"""Asking the engine how likely a query is after each context alone."""
+"""Asking the engine how well each context fits a query: by the query's likelihood after the context
+alone, or by its attention to the context."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_ape.concurrency import gather_or_cancel
+from sglang_ape.entry.call import Ids
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.scoring.known import KnownScores, score_key
+from sglang_ape.scoring.probe import probe_row
 from sglang_ape.scoring.question import Question, Scores
 from sglang_ape.scoring.rows import Room, ScoreRow, likelihoods, score_rows
+from sglang_ape.spec import ScoreSpec
+from sglang_ape.store.contexts import digest_of
 
 COPY_TOKENS = 4096
 """Tokens of all copies in one scoring request. More would make its row longer without need; fewer
@@ -26,6 +31,13 @@ CLIENT_CLOSED_REQUEST = 499
 Generate = Callable[[GenerateReqInput, Any], AsyncGenerator[Any, None]]
 
 
+class Attention(NamedTuple):
+    """What scoring by attention needs."""
+
+    null: Ids  # ``probe.NULL_TEXT`` in tokens
+    take: Callable[[str], Awaitable[list[float]]]  # of ``channel.ScoresChannel``
+
+
 class Scorer:
     """Scores contexts through the engine's ordinary scheduler.
 
@@ -33,10 +45,18 @@ class Scorer:
         manager: the engine's ``TokenizerManager``.
         limits: of the engine.
         pinned_tokens: tells how many tokens of the KV pool are pinned now.
+        attention: if contexts are scored by it.
     """
 
-    def __init__(self, manager: Any, limits: Limits, pinned_tokens: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        manager: Any,
+        limits: Limits,
+        pinned_tokens: Callable[[], int],
+        attention: Attention | None = None,
+    ) -> None:
         self.known = KnownScores()
+        self._attention = attention
         self._manager = manager
         self._limits = limits
         self._pinned_tokens = pinned_tokens
@@ -59,7 +79,7 @@ class Scorer:
         found = {key: score for key in keys if (score := self.known.get(key)) is not None}
         places = {key: i for i, key in enumerate(keys) if key not in found}  # equal ones once
         age, encoded = self.known.age, 0
-        rows = list(self._rows(question, sorted(places.values())))
+        rows = list(self._rows(question, sorted(places.values()))) if places else []
         for row, (scores, computed) in zip(
             rows, await self._ask_all(rows, question, generate, request), strict=True
         ):
@@ -67,8 +87,8 @@ class Scorer:
             for i, score in zip(row.contexts, scores, strict=True):
                 found[keys[i]] = score
                 self.known.add(keys[i], score, age)
-        copies = sum(len(row.contexts) * row.spec.copy_len for row in rows)
-        return Scores(tuple(found[key] for key in keys), copies, encoded)
+        scored = sum(row.scored_tokens for row in rows)
+        return Scores(tuple(found[key] for key in keys), scored, encoded)
 
     def abort(self, rid: str, abort: Callable[[str], None]) -> None:
         """Abort what is being scored for a caller's request.
@@ -87,15 +107,29 @@ class Scorer:
             loaded = self._manager.lora_registry.get_all_adapters().get(lora_path)
             # An adapter that is yet to be loaded has no id: no score is found under this name.
             adapter = loaded.lora_id if loaded is not None else uuid.uuid4().hex
-        whose = adapter, extra_key
+        whose: tuple[str | None, ...] = (adapter, extra_key)
+        if self._attention is not None:  # how much attention is left for one depends on the others
+            whose += tuple(sorted(digest_of(c).hex() for c in question.contexts))
         return [score_key(whose, question.prefix, c, question.query) for c in question.contexts]
 
     def _rows(self, question: Question, wanted: Sequence[int]) -> Iterator[ScoreRow]:
+        tokens = self._limits.room_beside(self._pinned_tokens())
+        if self._attention is not None:
+            yield self._probe_row(question, self._attention.null, tokens)
+            return
         window = self._limits.window - len(question.prefix)
-        room = Room(
-            copies=min(COPY_TOKENS, window), tokens=self._limits.room_beside(self._pinned_tokens())
-        )
-        return score_rows(question.prefix, question.contexts, question.query, wanted, room)
+        room = Room(copies=min(COPY_TOKENS, window), tokens=tokens)
+        yield from score_rows(question.prefix, question.contexts, question.query, wanted, room)
+
+    def _probe_row(self, question: Question, null: Ids, room: int) -> ScoreRow:
+        row = probe_row(question.prefix, question.contexts, question.query, null)
+        if len(row.input_ids) > room:
+            raise ApeRequestError(
+                f"scoring these contexts takes {len(row.input_ids)} tokens; the KV pool has room "
+                f"for {room} beside what is pinned",
+                "contexts",
+            )
+        return row
 
     async def _ask_all(
         self, rows: Sequence[ScoreRow], question: Question, generate: Generate, request: Any
@@ -105,7 +139,10 @@ class Scorer:
         asked.update(obj.rid for obj in objs)
         try:  # what is cancelled, SGLang aborts
             return await gather_or_cancel(
-                *(_ask(row, obj, generate, request) for row, obj in zip(rows, objs, strict=True))
+                *(
+                    _ask(row, obj, generate, request, self._attention)
+                    for row, obj in zip(rows, objs, strict=True)
+                )
             )
         finally:
             asked.difference_update(obj.rid for obj in objs)
@@ -114,7 +151,11 @@ class Scorer:
 
 
 async def _ask(
-    row: ScoreRow, obj: GenerateReqInput, generate: Generate, request: Any
+    row: ScoreRow,
+    obj: GenerateReqInput,
+    generate: Generate,
+    request: Any,
+    attention: Attention | None,
 ) -> tuple[list[float], int]:
     """The scores of a row, and the tokens of P and contexts that had to be computed for it."""
     async with aclosing(generate(obj, request)) as answers:
@@ -124,11 +165,14 @@ async def _ask(
         message = "the request was aborted while its contexts were scored"
         raise ApeRequestError(message, None, CLIENT_CLOSED_REQUEST)
     computed = max(row.spec.context_end - info["cached_tokens"], 0)
+    if attention is not None:
+        return await attention.take(obj.rid), computed
     return likelihoods(row, info["input_token_logprobs"]), computed
 
 
 def _request_of(row: ScoreRow, question: Question, is_logged: bool) -> GenerateReqInput:
-    """An ordinary request that asks for no token, and for log-probabilities of its copies.
+    """An ordinary request that asks for no token, but for log-probabilities of its copies if it has
+    any.
 
     SGLang turns a list of ids into such an array, but its log shortens lists alone.
     """
@@ -141,8 +185,8 @@ def _request_of(row: ScoreRow, question: Question, is_logged: bool) -> GenerateR
             "temperature": 0,
             "custom_params": row.spec.to_custom_params(),
         },
-        return_logprob=True,
-        logprob_start_len=row.spec.context_end,
+        return_logprob=isinstance(row.spec, ScoreSpec),
+        logprob_start_len=row.spec.context_end if isinstance(row.spec, ScoreSpec) else -1,
         lora_path=question.tenant.lora_path,
         extra_key=question.tenant.extra_key,
         priority=question.priority,

@@ -16,6 +16,7 @@ class Deployment(NamedTuple):
     # a stock server too.
     loses_logprobs: bool = False
     tolerance: float = 1e-4  # of a log-probability
+    by_attention: bool = False  # how contexts are scored
 
     @property
     def all_flags(self) -> tuple[str, ...]:
@@ -23,6 +24,7 @@ class Deployment(NamedTuple):
             *("--enable-ape", "--ape-max-context-tokens", "4000"),
             *("--max-total-tokens", str(self.pool_tokens)),
             *("--ape-max-pinned-tokens", str(self.pool_tokens // 4), *self.flags),
+            *(("--ape-scorer", "attention") if self.by_attention else ()),
         )
 
 
@@ -49,6 +51,15 @@ DEPLOYMENTS = (
         ("--enable-mixed-chunk", "--schedule-policy", "lpm", "--chunked-prefill-size", "16"),
         {},
         8192,
+        by_attention=True,
     ),
-    Deployment("no radix cache", "tiny_llama", ("--disable-radix-cache",), {}, 8192, caches=False),
+    Deployment(
+        "no radix cache",
+        "tiny_llama",
+        ("--disable-radix-cache",),
+        {},
+        8192,
+        caches=False,
+        by_attention=True,
+    ),
 )

@@ -66,7 +66,8 @@ class Oracle:
     """
 
     def __init__(self, model_path: Path):
-        config = json.loads((Path(model_path) / "config.json").read_text())
+        self.model_path = Path(model_path)
+        config = json.loads((self.model_path / "config.json").read_text())
         self.num_layers: int = config["num_hidden_layers"]
         self.num_heads: int = config["num_attention_heads"]
         self.num_kv_heads: int = config["num_key_value_heads"]
@@ -74,7 +75,7 @@ class Oracle:
         self.rope_theta: float = config["rope_theta"]
         self.rms_norm_eps: float = config["rms_norm_eps"]
         self.weights: dict[str, torch.Tensor] = {}
-        for shard in sorted(Path(model_path).glob("*.safetensors")):
+        for shard in sorted(self.model_path.glob("*.safetensors")):
             self.weights |= {name: w.float() for name, w in load_file(shard).items()}
         tied = config.get("tie_word_embeddings", False)
         self.head = self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
@@ -127,6 +128,43 @@ class Oracle:
         logprobs = logits[len(before) - 1 : -1].log_softmax(-1)
         return float(logprobs.gather(1, torch.tensor(query).view(-1, 1)).sum())
 
+    @one_thread()
+    def attention_scores(
+        self,
+        prefix: Sequence[int],
+        contexts: Sequence[Sequence[int]],
+        query: Sequence[int],
+        null: Sequence[int],
+    ) -> list[float]:
+        """How much the query attends to each context, more than the null query does.
+
+        Both read the prefix and themselves only. For a layer and a head, a context's mass is the
+        mean over a query's tokens of its share of exp(log-sum-exp) among prefix, own past and all
+        contexts. Its score is the log of the mean, over layers and heads, of the square of what
+        the query's mass is above the null query's.
+        """
+        past, group, start = self._encode(prefix, contexts, 1.0, 1.0)
+        assert group is not None
+        masses = []
+        for ids in (query, null):
+            seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+            self._forward(ids, start, past, None, seen)
+            masses.append(
+                torch.stack([self._mass(*own, group.kv[i], contexts) for i, own in enumerate(seen)])
+            )
+        squares = (masses[0] - masses[1]).clamp(min=0) ** 2  # (layers, heads, contexts)
+        return (squares.mean((0, 1)) + 1e-12).log().tolist()
+
+    def _mass(
+        self, q: torch.Tensor, lse: torch.Tensor, kv: LayerKV, contexts: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        parts, start = [lse], 0
+        for context in contexts:
+            own = LayerKV(*(part[:, start : start + len(context)] for part in kv))
+            parts.append(self._softmax_attention(q, own, self.head_dim**-0.5, causal=False)[1])
+            start += len(context)
+        return torch.stack(parts).softmax(0)[1:].mean(-1).T
+
     def _encode(
         self,
         prefix: Sequence[int],
@@ -177,11 +215,17 @@ class Oracle:
 
     @torch.no_grad()
     def _forward(
-        self, ids: Sequence[int], start: int, past: list[LayerKV], contexts: Contexts | None
+        self,
+        ids: Sequence[int],
+        start: int,
+        past: list[LayerKV],
+        contexts: Contexts | None,
+        seen: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, list[LayerKV]]:
         """Run `ids` at positions from `start`, after `past` and beside `contexts`.
 
-        Returns logits (tokens, vocab) and `past` with the new tokens appended.
+        Returns logits (tokens, vocab) and `past` with the new tokens appended. `seen` gets each
+        layer's queries and their log-sum-exp over the path.
         """
         angles = self._rope_angles(start, len(ids))
         x = self.weights["model.embed_tokens.weight"][torch.tensor(ids)]
@@ -190,14 +234,19 @@ class Oracle:
             block = f"model.layers.{layer}"
             q, new = self._qkv(self._rms_norm(x, f"{block}.input_layernorm"), block, angles)
             path = past[layer].append(new)
-            attended = self._attention(q, path, contexts, layer)
+            attended = self._attention(q, path, contexts, layer, seen)
             x = x + self._linear(attended, f"{block}.self_attn.o_proj")
             x = x + self._mlp(self._rms_norm(x, f"{block}.post_attention_layernorm"), block)
             extended.append(path)
         return self._rms_norm(x, "model.norm") @ self.head.T, extended
 
     def _attention(
-        self, q: torch.Tensor, path: LayerKV, contexts: Contexts | None, layer: int
+        self,
+        q: torch.Tensor,
+        path: LayerKV,
+        contexts: Contexts | None,
+        layer: int,
+        seen: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """APE attention of q (heads, tokens, head_dim); returns (tokens, heads * head_dim).
 
@@ -206,6 +255,8 @@ class Oracle:
         by softmax([S·T·L_c, L_o]).
         """
         output, lse = self._softmax_attention(q, path, self.head_dim**-0.5, causal=True)
+        if seen is not None:
+            seen.append((q, lse))
         if contexts is not None:
             temperature, scale = contexts.temperature, contexts.scale
             sm_scale = self.head_dim**-0.5 / temperature

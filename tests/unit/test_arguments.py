@@ -117,6 +117,7 @@ def test_the_flags_and_their_defaults_are_those_of_the_contract() -> None:
         "ape_scale": None,
         "ape_soft": None,
         "ape_refine": None,
+        "ape_scorer": "likelihood",
         "ape_prefix": None,
         "ape_warm": None,
         "ape_max_context_tokens": None,
@@ -160,6 +161,7 @@ def test_without_ape_nothing_is_changed() -> None:
         ("ape_scale", 1.0, "--ape-scale"),
         ("ape_soft", 0.0, "--ape-soft"),
         ("ape_refine", 2, "--ape-refine"),
+        ("ape_scorer", "attention", "--ape-scorer"),
         ("ape_warm", "", "--ape-warm"),
         ("ape_max_context_tokens", 10, "--ape-max-context-tokens"),
         ("ape_max_pinned_tokens", 0, "--ape-max-pinned-tokens"),
@@ -210,6 +212,29 @@ def test_soft_and_refine_are_off_unless_given() -> None:
         args = server_args(**flags)
         apply_defaults(args)
         assert flags.items() <= vars(args).items()
+
+
+def test_an_unknown_scorer_is_refused() -> None:
+    message = refusal(apply_defaults, server_args(ape_scorer="bm25"))
+    assert "--ape-scorer must be likelihood or attention, got bm25" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"attention_backend": "flashinfer"}, "--attention-backend flashinfer"),
+        ({"tp_size": 2}, "--tp-size"),
+        ({"skip_tokenizer_init": True}, "--skip-tokenizer-init"),
+    ],
+)
+def test_the_attention_scorer_is_refused_where_it_cannot_measure(
+    given: dict[str, Any], name: str
+) -> None:
+    args = {"attention_backend": TORCH, "ape_scorer": "attention"}
+    apply_defaults(server_args(**args))
+    message = refusal(apply_defaults, server_args(**{**args, **given}))
+    assert f"--ape-scorer attention cannot be combined with {name}: " in message
+    apply_defaults(server_args(**{**args, **given, "ape_scorer": "likelihood"}))
 
 
 def test_soft_and_refine_together_are_refused_with_both_names() -> None:

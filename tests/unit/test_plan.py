@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ape.attention.plan import Path, RequestPlan, RowRange, plan_request
-from sglang_ape.spec import ApeSpec, ScoreSpec
+from sglang_ape.spec import ApeSpec, ProbeSpec, ScoreSpec
 
 fast = settings(deadline=None, max_examples=80)
 score_specs = st.builds(
@@ -160,3 +160,32 @@ def test_a_copy_of_the_query_sees_its_own_context_alone(
         for row in range(begin, begin + spec.copy_len):
             assert seen[row] == [*prefix, *context, *range(begin, row + 1)]
     assert sorted(seen) == list(range(rows))
+
+
+@fast
+@given(
+    data=st.data(),
+    spec=st.builds(
+        ProbeSpec.of,
+        prefix_len=st.integers(0, 6),
+        context_lens=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+        query_len=st.integers(1, 5),
+        null_len=st.integers(1, 5),
+    ),
+)
+def test_a_measured_query_sees_p_and_itself_alone(data: st.DataObject, spec: ProbeSpec) -> None:
+    cuts = data.draw(st.lists(st.integers(1, spec.row_len - 1), max_size=6))
+    seen, measured = {}, {}
+    for start, stop in pairwise(sorted({0, *cuts, spec.row_len})):
+        plan = plan_request(spec, start, stop)
+        assert plan.query_rows is None
+        seen |= seen_by_plan(plan)
+        measured |= {row: path.query for path in plan.paths for row in range(*path.rows)}
+    middle = spec.context_end + spec.query_len
+    for row in range(spec.row_len):
+        query = None if row < spec.context_end else int(row >= middle)
+        assert measured[row] == query
+        if query is not None:
+            begin = middle if query else spec.context_end
+            assert seen[row] == [*range(spec.prefix_len), *range(begin, row + 1)]
+    assert sorted(seen) == list(range(spec.row_len))

@@ -17,10 +17,11 @@ from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.scoring.choice import biases, highest
 from sglang_ape.scoring.known import KnownScores, score_key
+from sglang_ape.scoring.probe import null_query, probe_row
 from sglang_ape.scoring.question import Question
 from sglang_ape.scoring.rows import Room, likelihoods, score_rows
-from sglang_ape.scoring.scorer import Scorer
-from sglang_ape.spec import ApeSpec, ScoreSpec
+from sglang_ape.scoring.scorer import Attention, Scorer
+from sglang_ape.spec import MOST_NULL_TOKENS, ApeSpec, ProbeSpec, ScoreSpec
 from sglang_ape.store.contexts import Tenant
 
 fast = settings(deadline=None, max_examples=80)
@@ -107,6 +108,21 @@ def test_the_likelihood_of_a_copy_is_the_sum_over_the_query() -> None:
         likelihoods(row, logprobs[1:])
     with pytest.raises(RuntimeError, match="no numbers"):
         likelihoods(row, [(None, 3), (float("nan"), 5), *logprobs[2:]])
+
+
+@pytest.mark.parametrize(
+    ("query", "tail"), [([5], []), ([5, 6, 7], [7]), (list(range(10, 30)), [25, 26, 27, 28, 29])]
+)
+def test_a_null_query_ends_as_the_query_does(query: list[int], tail: list[int]) -> None:
+    assert null_query(ids([1, 2]), ids(query)).tolist() == [1, 2, *tail]
+    assert len(null_query(ids([1] * 40), ids(query))) <= MOST_NULL_TOKENS
+
+
+def test_a_measured_row_holds_the_contexts_the_query_and_the_null_query() -> None:
+    row = probe_row(ids([1]), [ids([2, 3]), ids([4])], ids([5, 6]), ids([9]))
+    assert row.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 9, 6]
+    assert row.spec == ProbeSpec.of(1, [2, 1], 2, 2)
+    assert (row.contexts, row.scored_tokens) == ((0, 1), 4)
 
 
 # ---------------------------------------------------------------- what is known
@@ -304,3 +320,60 @@ def test_a_refused_row_ends_the_others(engine: Engine) -> None:
         assert engine.ended == 2
 
     asyncio.run(run())
+
+
+# ---------------------------------------------------------------- by attention
+
+
+class Measures:
+    """Stands for ``TokenizerManager`` and the channel: a score is minus a context's length."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.server_args = SimpleNamespace(log_requests=False)
+        self._specs: dict[str, ProbeSpec] = {}
+
+    async def generate(self, obj: Any, request: Any) -> AsyncIterator[Any]:
+        self.asked.append(obj)
+        spec = ApeSpec.from_custom_params(obj.sampling_params["custom_params"])
+        assert isinstance(spec, ProbeSpec) and not obj.return_logprob
+        self._specs[obj.rid] = spec
+        yield {"meta_info": {"cached_tokens": 1, "finish_reason": {"type": "length"}}}
+
+    async def take(self, rid: str) -> list[float]:
+        return [-float(length) for length in self._specs.pop(rid).context_lens]
+
+
+@pytest.fixture
+def measures() -> Measures:
+    return Measures()
+
+
+def by_attention(measures: Measures, limits: Limits = LIMITS) -> Scorer:
+    return Scorer(measures, limits, lambda: 0, Attention(ids([40]), measures.take))
+
+
+def test_attention_is_measured_in_one_row_for_all_contexts(measures: Measures) -> None:
+    scorer = by_attention(measures)
+    asked = question([1, 2], [5], [1, 1, 1])
+    found = asyncio.run(scorer.score(asked, measures.generate, None))
+    assert found.by_context == (-2.0, -1.0, -3.0)
+    assert (found.scored_tokens, found.encoded_tokens) == (2 + 2, 1 + 6 - 1)
+    again = asyncio.run(scorer.score(question([5], [1, 1, 1], [1, 2]), measures.generate, None))
+    assert again.by_context == (-1.0, -3.0, -2.0), "known, whatever the order"
+    assert (again.scored_tokens, len(measures.asked)) == (0, 1)
+
+
+def test_attention_beside_other_contexts_is_measured_anew(measures: Measures) -> None:
+    scorer = by_attention(measures)
+    for contexts in ([1, 2], [5]), ([1, 2], [6]), ([1, 2],):
+        found = asyncio.run(scorer.score(question(*contexts), measures.generate, None))
+        assert found.scored_tokens > 0
+    assert len(measures.asked) == 3
+
+
+def test_contexts_that_cannot_be_measured_at_once_are_refused(measures: Measures) -> None:
+    scorer = by_attention(measures, LIMITS._replace(pool_tokens=20))
+    with pytest.raises(ApeRequestError, match="takes 17 tokens; the KV pool has room for 12"):
+        asyncio.run(scorer.score(question([1] * 6, [2] * 6), measures.generate, None))
+    assert measures.asked == []

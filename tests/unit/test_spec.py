@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_ape.spec import BIAS, COPY_LEN, CUSTOM_PARAM_KEYS, ApeSpec, ScoreSpec
+from sglang_ape.spec import (
+    BIAS,
+    COPY_LEN,
+    CUSTOM_PARAM_KEYS,
+    PROBE_LENS,
+    ApeSpec,
+    ProbeSpec,
+    ScoreSpec,
+)
 
 specs = st.builds(
     ApeSpec,
@@ -23,6 +31,13 @@ score_specs = st.builds(
     prefix_len=st.integers(0, 12),
     context_lens=st.lists(st.integers(1, 9), min_size=1, max_size=7),
     copy_len=st.integers(2, 6),
+)
+probe_specs = st.builds(
+    ProbeSpec.of,
+    prefix_len=st.integers(0, 12),
+    context_lens=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    query_len=st.integers(1, 8),
+    null_len=st.integers(1, 8),
 )
 fast = settings(deadline=None, max_examples=60)
 
@@ -158,7 +173,7 @@ def test_custom_params_round_trip(spec: ApeSpec) -> None:
 @given(spec=specs)
 def test_custom_params_are_flat_scalars_and_lists_under_the_reserved_keys(spec: ApeSpec) -> None:
     params = spec.to_custom_params()
-    assert set(params) == CUSTOM_PARAM_KEYS - {BIAS, COPY_LEN}
+    assert set(params) == CUSTOM_PARAM_KEYS - {BIAS, COPY_LEN, PROBE_LENS}
     for value in params.values():
         items = value if isinstance(value, list) else [value]
         assert all(type(item) in (int, float, str) for item in items)
@@ -202,6 +217,26 @@ def test_a_copy_stands_where_it_would_behind_its_context_alone(
 
 
 @fast
-@given(spec=score_specs)
-def test_a_scoring_row_survives_the_way_to_the_scheduler(spec: ScoreSpec) -> None:
+@given(data=st.data(), spec=probe_specs)
+def test_q_and_the_null_query_stand_where_q_stands_behind_the_contexts(
+    data: st.DataObject, spec: ProbeSpec
+) -> None:
+    order = data.draw(st.permutations(range(len(spec.context_lens))))
+    sent, spec = spec, spec.reordered(order)
+    assert [spec.context_lens[place] for place in spec.places] == list(sent.context_lens)
+    positions = spec.positions(0, spec.row_len).tolist()
+    first = spec.prefix_len + max(spec.context_lens)
+    null = list(range(first, first + spec.null_len))
+    assert positions == expected_positions(spec, spec.query_len) + null
+    assert spec.row_len - spec.hidden_tokens == max(positions) + 1
+    cuts = data.draw(st.lists(st.integers(0, spec.row_len), max_size=8))
+    pieces = [spec.positions(a, b) for a, b in pairwise([0, *sorted(cuts), spec.row_len])]
+    assert np.concatenate(pieces).tolist() == positions
+    assert spec.cacheable(spec.row_len) == spec.context_end
+
+
+@fast
+@given(spec=st.one_of(score_specs, probe_specs))
+def test_a_scoring_row_survives_the_way_to_the_scheduler(spec: ApeSpec) -> None:
+    assert not spec.generates
     assert ApeSpec.from_custom_params(spec.to_custom_params()) == spec
