@@ -167,9 +167,13 @@ def test_rungs_that_must_change_nothing(known: Method, checked: Method) -> None:
 class ScoringServer:
     """Scores of -1, -2, … for the contexts of a request."""
 
-    def __init__(self, error: float = 0.0, drops: int = 0) -> None:
+    def __init__(self, error: float = 0.0, drops: int = 0, scorer: str = "likelihood") -> None:
         self.error = error
         self.drops = drops
+        self.scorer = scorer
+
+    def info(self) -> dict[str, Any]:
+        return {"ape_scorer": self.scorer}
 
     def generate(self, bodies: Sequence[dict[str, Any]]) -> list[Any]:
         assert bodies[0]["ape"]["soft"] == LEAST_SOFT
@@ -207,6 +211,11 @@ def test_scores_hold_within_rounding() -> None:
 def test_wrong_scores_fail(server: ScoringServer, message: str) -> None:
     with pytest.raises(ControlError, match=message):
         scores_seen(server)
+
+
+def test_other_scores_than_likelihoods_are_not_compared_with_these() -> None:
+    server = ScoringServer(error=5.0, scorer="attention")
+    assert scores_seen(server) == "not checked: the server scores by attention"
 
 
 def test_one_context_needs_no_score() -> None:
