@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.radix_cache import TreeNode
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ape.cache.tree import ApeRadixCache, Handle
-from sglang_ape.spec import ApeSpec, ScoreSpec
+from sglang_ape.spec import ApeSpec, ProbeSpec, ScoreSpec
 
 POOL = 200
 P = [1, 2, 3]
@@ -117,8 +117,8 @@ class Request(Req):
         for context in contexts:
             found += beginnings(path, prefix, context)
         group = group_of(prefix, contexts, spec.temperature, spec.scale)
-        if isinstance(spec, ScoreSpec):
-            group = f"copies of {self.rid}"  # nobody may read them
+        if not spec.generates:
+            group = f"tail of {self.rid}"  # nobody may read it
         found += beginnings(query_namespace(self.extra_key, group), (), rest)
         return found[:stop]
 
@@ -178,6 +178,23 @@ def scoring(
     parts = Parts(prefix, list(contexts), copies, 1.0, 1.0)
     req = Request(ids, spec.to_custom_params(), extra_key, parts)
     req.return_logprob, req.logprob_start_len = True, spec.context_end
+    req.copies_start = spec.context_end
+    return req
+
+
+def measuring(
+    *contexts: list[int],
+    prefix: list[int] = P,
+    query: list[int] = Q,
+    extra_key: str | None = None,
+) -> Request:
+    """Asks how much a query attends to each context."""
+    tail = [*query, 3, *query[-1:]]
+    spec = ProbeSpec.of(len(prefix), list(map(len, contexts)), len(query), len(tail) - len(query))
+    ids = prefix + [token for context in contexts for token in context] + tail
+    req = Request(
+        ids, spec.to_custom_params(), extra_key, Parts(prefix, list(contexts), tail, 1.0, 1.0)
+    )
     req.copies_start = spec.context_end
     return req
 
