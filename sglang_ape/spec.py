@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,7 +65,10 @@ class ApeSpec:
     namespace: str
     bias: tuple[float, ...] = ()
 
-    generates: ClassVar[bool] = True
+    @cached_property
+    def row_len(self) -> int | None:
+        """Rows of a request that only asks for scores; None for one that generates."""
+        return None
 
     @cached_property
     def context_starts(self) -> tuple[int, ...]:
@@ -183,13 +186,15 @@ class ScoreSpec(ApeSpec):
     copy_len: int = 0
     places: tuple[int, ...] = ()
 
-    generates: ClassVar[bool] = False
-
     @classmethod
     def of(cls, prefix_len: int, context_lens: Sequence[int], copy_len: int) -> ScoreSpec:
         """The spec of a row as it is sent: its copies in the order of the contexts."""
         lens = tuple(context_lens)
         return cls(prefix_len, lens, 1.0, 1.0, "", (), copy_len, tuple(range(len(lens))))
+
+    @cached_property
+    def row_len(self) -> int:
+        return self.context_end + len(self.places) * self.copy_len
 
     @cached_property
     def hidden_tokens(self) -> int:
@@ -246,8 +251,6 @@ class ProbeSpec(ApeSpec):
     query_len: int = 0
     null_len: int = 0
     places: tuple[int, ...] = ()
-
-    generates: ClassVar[bool] = False
 
     @classmethod
     def of(

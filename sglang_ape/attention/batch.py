@@ -8,6 +8,7 @@ same step, in the same thread, picks them up by request ids.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
         return
     is_decode = forward_batch.forward_mode.is_decode()
     starts = None if is_decode else forward_batch.extend_prefix_lens_cpu
-    _announce(batch.reqs, _without_scoring(specs) if is_decode else specs, starts)
+    _announce(batch.reqs, specs, starts)
     positions = forward_batch.positions
     if positions is None or positions.numel() == 0:
         return
@@ -149,17 +150,22 @@ def after_init_new(forward_batch: Any, _cls: type, batch: Any, model_runner: Any
     forward_batch.positions = _beside(positions, computed)
 
 
-def _without_scoring(specs: Sequence[ApeSpec | None]) -> list[ApeSpec | None]:
-    """A scoring request generates nothing, but while its end is not known yet, a decode step that
-    overlaps with that has a row for it. Nobody reads the row: it may attend like a plain one.
+def _still_asking(spec: ApeSpec | None, start: float) -> ApeSpec | None:
+    """A scoring request generates nothing, but while its end is not known yet, a batch that
+    overlaps with that has a row for it behind its last one. Nobody reads the row: it may attend
+    like a plain one.
     """
-    return [spec if spec and spec.generates else None for spec in specs]
+    if spec is None or spec.row_len is None or start < spec.row_len:
+        return spec
+    return None
 
 
 def _announce(
     reqs: Sequence[Any], specs: Sequence[ApeSpec | None], starts: Sequence[int] | None
 ) -> None:
     """``starts``: the first new row of each request; None in a decode step."""
+    begins: Sequence[float] = [math.inf] * len(specs) if starts is None else starts
+    specs = [_still_asking(*one) for one in zip(specs, begins, strict=True)]
     if not any(specs):
         begin_batch([], None)
         return

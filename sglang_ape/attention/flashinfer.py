@@ -165,7 +165,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             return None
         rows, tokens = [], []
         for spec, start, stop in zip(batch.specs, starts, stops, strict=True):
-            reads_all = spec is not None and spec.generates
+            reads_all = spec is not None and spec.row_len is None
             end = spec.context_end if spec else stop
             rows.append(max(stop - max(start, end), 0) if reads_all else 0)
             tokens.append(end - spec.prefix_len if spec else 0)

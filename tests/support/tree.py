@@ -117,7 +117,7 @@ class Request(Req):
         for context in contexts:
             found += beginnings(path, prefix, context)
         group = group_of(prefix, contexts, spec.temperature, spec.scale)
-        if not spec.generates:
+        if spec.row_len is not None:
             group = f"tail of {self.rid}"  # nobody may read it
         found += beginnings(query_namespace(self.extra_key, group), (), rest)
         return found[:stop]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_ape.attention import batch as step
-from sglang_ape.spec import ApeSpec, ScoreSpec
+from sglang_ape.spec import ApeSpec, ProbeSpec, ScoreSpec
 
 SPEC = ApeSpec(2, (3, 5), 0.9, 0.8, "set")
 
@@ -85,6 +85,19 @@ def test_a_decode_step_reads_nothing_for_a_scoring_request_but_keeps_its_positio
     announce(requests[0])
     in_prefill = step.ape_batch(["s"])
     assert in_prefill is not None and list(in_prefill.specs) == [scoring]
+
+
+@pytest.mark.parametrize("scoring", [ScoreSpec.of(2, (3, 5), 4), ProbeSpec.of(2, (3, 5), 4, 3)])
+def test_so_does_a_row_behind_a_scoring_request_in_a_prefill_batch(scoring: ApeSpec) -> None:
+    """As SGLang mixes decode rows in with chunks."""
+    request = make_request("s", scoring)
+    assert scoring.row_len is not None
+    ends = (scoring.context_end + 2, scoring.row_len, scoring.row_len + 2)
+    for rows, expected in zip(ends, (scoring, scoring, None), strict=True):
+        request.origin_input_ids = range(rows)
+        announce(request, make_request("a", SPEC))
+        found = step.ape_batch(["s", "a"])
+        assert found is not None and list(found.specs) == [expected, SPEC]
 
 
 def test_a_batch_that_was_not_announced_is_refused() -> None:
