@@ -88,20 +88,20 @@ def make_entry(manager: Any, pool_tokens: int, with_chat: bool) -> Entry:
         marker=ContextMarker(tokenizer) if with_chat and tokenizer is not None else None,
         store=store,
         registry=Registry(manager, store, counted),
-        scorer=Scorer(manager, limits, lambda: store.pinned_tokens, _attention(manager)),
+        scorer=Scorer(manager, limits, lambda: store.pinned_tokens, _attention(manager, store)),
         metrics=counted,
         logs_requests=args.log_requests,
     )
 
 
-def _attention(manager: Any) -> Attention | None:
+def _attention(manager: Any, store: ContextStore) -> Attention | None:
     if manager.server_args.ape_scorer != ATTENTION:
         return None
     from sglang_ape.scoring.channel import ScoresChannel
     from sglang_ape.scoring.scorer import Attention
 
     null = expand.encode_text(manager.tokenizer, NULL_TEXT, "--ape-scorer")
-    return Attention(null, ScoresChannel(manager).take)
+    return Attention(null, ScoresChannel(manager).take, store.pinned_part)
 
 
 def _preferred(manager: Any) -> dict[str, int]:

@@ -67,19 +67,16 @@ def likelihoods(row: ScoreRow, logprobs: Sequence[Sequence[Any]]) -> list[float]
             the log-probability of a token.
 
     Raises:
-        RuntimeError: their number is not that of the copies' tokens, or a likelihood is no number.
+        RuntimeError: their number is not that of the copies' tokens.
     """
     assert isinstance(row.spec, ScoreSpec)
     size, count = row.spec.copy_len, len(row.contexts)
     if len(logprobs) != size * count:
         raise RuntimeError(f"{len(logprobs)} log-probabilities for {count} copies of {size} tokens")
     # The first token of a copy is the last of its context, which nothing is asked of.
-    found = [
+    return [
         math.fsum(one[0] for one in logprobs[k * size + 1 : (k + 1) * size]) for k in range(count)
     ]
-    if not all(map(math.isfinite, found)):
-        raise RuntimeError(f"likelihoods of the query that are no numbers: {found[:8]}")
-    return found
 
 
 def _row(prefix: Ids, contexts: Sequence[Ids], query: Ids, chosen: Sequence[int]) -> ScoreRow:

@@ -3,6 +3,7 @@ alone, or by its attention to the context."""
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
@@ -19,7 +20,7 @@ from sglang_ape.scoring.probe import probe_row
 from sglang_ape.scoring.question import Question, Scores
 from sglang_ape.scoring.rows import Room, ScoreRow, likelihoods, score_rows
 from sglang_ape.spec import ScoreSpec
-from sglang_ape.store.contexts import digest_of
+from sglang_ape.store.contexts import Tenant, digest_of
 
 COPY_TOKENS = 4096
 """Tokens of all copies in one scoring request. More would make its row longer without need; fewer
@@ -36,6 +37,7 @@ class Attention(NamedTuple):
 
     null: Ids  # ``probe.NULL_TEXT`` in tokens
     take: Callable[[str], Awaitable[list[float]]]  # of ``channel.ScoresChannel``
+    pinned_part: Callable[[Tenant, Ids, Sequence[Ids]], int]  # of ``store.contexts.ContextStore``
 
 
 class Scorer:
@@ -115,21 +117,11 @@ class Scorer:
     def _rows(self, question: Question, wanted: Sequence[int]) -> Iterator[ScoreRow]:
         tokens = self._limits.room_beside(self._pinned_tokens())
         if self._attention is not None:
-            yield self._probe_row(question, self._attention.null, tokens)
+            yield _probe_row(question, self._attention, tokens)
             return
         window = self._limits.window - len(question.prefix)
         room = Room(copies=min(COPY_TOKENS, window), tokens=tokens)
         yield from score_rows(question.prefix, question.contexts, question.query, wanted, room)
-
-    def _probe_row(self, question: Question, null: Ids, room: int) -> ScoreRow:
-        row = probe_row(question.prefix, question.contexts, question.query, null)
-        if len(row.input_ids) > room:
-            raise ApeRequestError(
-                f"scoring these contexts takes {len(row.input_ids)} tokens; the KV pool has room "
-                f"for {room} beside what is pinned",
-                "contexts",
-            )
-        return row
 
     async def _ask_all(
         self, rows: Sequence[ScoreRow], question: Question, generate: Generate, request: Any
@@ -150,6 +142,20 @@ class Scorer:
                 self._asked.pop(question.rid, None)
 
 
+def _probe_row(question: Question, attention: Attention, room: int) -> ScoreRow:
+    row = probe_row(question.prefix, question.contexts, question.query, attention.null)
+    need = len(row.input_ids)
+    if need > room:
+        need -= attention.pinned_part(question.tenant, question.prefix, question.contexts)
+    if need > room:
+        raise ApeRequestError(
+            f"scoring these contexts takes {need} tokens that are not pinned; the KV pool has room "
+            f"for {room}",
+            "contexts",
+        )
+    return row
+
+
 async def _ask(
     row: ScoreRow,
     obj: GenerateReqInput,
@@ -165,9 +171,13 @@ async def _ask(
         message = "the request was aborted while its contexts were scored"
         raise ApeRequestError(message, None, CLIENT_CLOSED_REQUEST)
     computed = max(row.spec.context_end - info["cached_tokens"], 0)
-    if attention is not None:
-        return await attention.take(obj.rid), computed
-    return likelihoods(row, info["input_token_logprobs"]), computed
+    if attention is None:
+        scores = likelihoods(row, info["input_token_logprobs"])
+    else:
+        scores = await attention.take(obj.rid)
+    if not all(map(math.isfinite, scores)):
+        raise RuntimeError(f"scores of contexts that are no numbers: {scores[:8]}")
+    return scores, computed
 
 
 def _request_of(row: ScoreRow, question: Question, is_logged: bool) -> GenerateReqInput:

@@ -106,8 +106,6 @@ def test_the_likelihood_of_a_copy_is_the_sum_over_the_query() -> None:
     assert likelihoods(row, logprobs) == [-3.0, -0.75]
     with pytest.raises(RuntimeError, match="5 log-probabilities for 2 copies of 3 tokens"):
         likelihoods(row, logprobs[1:])
-    with pytest.raises(RuntimeError, match="no numbers"):
-        likelihoods(row, [(None, 3), (float("nan"), 5), *logprobs[2:]])
 
 
 @pytest.mark.parametrize(
@@ -331,6 +329,7 @@ class Measures:
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.server_args = SimpleNamespace(log_requests=False)
+        self.factor = -1.0
         self._specs: dict[str, ProbeSpec] = {}
 
     async def generate(self, obj: Any, request: Any) -> AsyncIterator[Any]:
@@ -341,7 +340,7 @@ class Measures:
         yield {"meta_info": {"cached_tokens": 1, "finish_reason": {"type": "length"}}}
 
     async def take(self, rid: str) -> list[float]:
-        return [-float(length) for length in self._specs.pop(rid).context_lens]
+        return [self.factor * length for length in self._specs.pop(rid).context_lens]
 
 
 @pytest.fixture
@@ -349,8 +348,9 @@ def measures() -> Measures:
     return Measures()
 
 
-def by_attention(measures: Measures, limits: Limits = LIMITS) -> Scorer:
-    return Scorer(measures, limits, lambda: 0, Attention(ids([40]), measures.take))
+def by_attention(measures: Measures, limits: Limits = LIMITS, pinned: int = 0) -> Scorer:
+    attention = Attention(ids([40]), measures.take, lambda *_: pinned)
+    return Scorer(measures, limits, lambda: pinned, attention)
 
 
 def test_attention_is_measured_in_one_row_for_all_contexts(measures: Measures) -> None:
@@ -374,6 +374,20 @@ def test_attention_beside_other_contexts_is_measured_anew(measures: Measures) ->
 
 def test_contexts_that_cannot_be_measured_at_once_are_refused(measures: Measures) -> None:
     scorer = by_attention(measures, LIMITS._replace(pool_tokens=20))
-    with pytest.raises(ApeRequestError, match="takes 17 tokens; the KV pool has room for 12"):
+    with pytest.raises(ApeRequestError, match=r"takes 17 tokens that are not pinned; .* for 12"):
         asyncio.run(scorer.score(question([1] * 6, [2] * 6), measures.generate, None))
     assert measures.asked == []
+
+
+def test_pinned_contexts_need_no_room_of_their_own(measures: Measures) -> None:
+    scorer = by_attention(measures, LIMITS._replace(pool_tokens=30), pinned=13)
+    asyncio.run(scorer.score(question([1] * 6, [2] * 6), measures.generate, None))
+    assert len(measures.asked[0].input_ids) == 17 > 30 - 8 - 13
+
+
+def test_scores_that_are_no_numbers_are_an_error(measures: Measures) -> None:
+    measures.factor = float("nan")
+    scorer = by_attention(measures)
+    with pytest.raises(RuntimeError, match="no numbers"):
+        asyncio.run(scorer.score(question([1], [2]), measures.generate, None))
+    assert len(scorer.known) == 0
