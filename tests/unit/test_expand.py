@@ -28,7 +28,7 @@ from sglang_ape.entry.tokenizer_manager import Entry, around_generate_request
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.scoring.question import Scores
-from sglang_ape.spec import BIAS, COPY_LEN, CUSTOM_PARAM_KEYS, ApeSpec
+from sglang_ape.spec import BIAS, COPY_LEN, CUSTOM_PARAM_KEYS, PROBE_LENS, ApeSpec
 from sglang_ape.store.contexts import ContextStore
 
 BOS, START = 1, 2
@@ -366,7 +366,7 @@ def test_custom_params_of_the_user_are_kept() -> None:
     obj = apply(make_obj(text="q", sampling_params=params), {"contexts": ["a", "b"]})
     custom = obj.sampling_params["custom_params"]
     assert custom["mine"] == [1, 2]
-    assert set(custom) == {"mine", *CUSTOM_PARAM_KEYS - {BIAS, COPY_LEN}}
+    assert set(custom) == {"mine", *CUSTOM_PARAM_KEYS - {BIAS, COPY_LEN, PROBE_LENS}}
     assert obj.sampling_params["temperature"] == 0
 
 
