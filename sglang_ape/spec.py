@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -170,27 +170,47 @@ class ApeSpec:
 
 
 @dataclass(frozen=True)
-class ScoreSpec(ApeSpec):
+class AskingSpec(ApeSpec):
+    """A row that asks for scores of its contexts. What stands behind them is never cached, and
+    stays where it is when contexts change places; the request generates nothing.
+
+    Args:
+        places: where the contexts stand in the row, in the order in which they were sent.
+    """
+
+    places: tuple[int, ...] = ()
+
+    def reordered(self, order: Sequence[int]) -> Self:
+        new_place = {place: k for k, place in enumerate(order)}
+        return replace(
+            self,
+            context_lens=tuple(self.context_lens[i] for i in order),
+            places=tuple(new_place[place] for place in self.places),
+        )
+
+    def cacheable(self, stop: int) -> int:
+        return min(stop, self.context_end)
+
+
+@dataclass(frozen=True)
+class ScoreSpec(AskingSpec):
     """A row that asks how likely Q is after each context alone: ``P + C_1 + ... + C_N + tail``.
 
     The tail has a *copy* for each context: its last token once more, and Q. Copy k attends to P, to
     the context at ``places[k]`` without its last token, and to its own past, at the positions that
     follow. So the log-probabilities of a copy are those of the ordinary request ``P + C_i + Q``.
-    No copy is ever cached, and a scoring request generates nothing.
 
     Args:
         copy_len: tokens of a copy, 1 + len(Q).
-        places: where the context of each copy stands in the row.
     """
 
     copy_len: int = 0
-    places: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, prefix_len: int, context_lens: Sequence[int], copy_len: int) -> ScoreSpec:
         """The spec of a row as it is sent: its copies in the order of the contexts."""
         lens = tuple(context_lens)
-        return cls(prefix_len, lens, 1.0, 1.0, "", (), copy_len, tuple(range(len(lens))))
+        return cls(prefix_len, lens, 1.0, 1.0, "", (), tuple(range(len(lens))), copy_len)
 
     @cached_property
     def row_len(self) -> int:
@@ -219,38 +239,25 @@ class ScoreSpec(ApeSpec):
             out[begin - start : end - start] = np.arange(end - begin) + first + offset
         return out
 
-    def reordered(self, order: Sequence[int]) -> ScoreSpec:
-        """Contexts change places, copies stay where they are."""
-        return replace(
-            self,
-            context_lens=tuple(self.context_lens[i] for i in order),
-            places=_moved(self.places, order),
-        )
-
-    def cacheable(self, stop: int) -> int:
-        return min(stop, self.context_end)
-
     def to_custom_params(self) -> dict[str, Any]:
         return {**super().to_custom_params(), COPY_LEN: self.copy_len}
 
 
 @dataclass(frozen=True)
-class ProbeSpec(ApeSpec):
+class ProbeSpec(AskingSpec):
     """A row that asks how much Q attends to each context: ``P + C_1 + ... + C_N + Q + null``.
 
     Q, and a null query behind it, attend to P and to their own past alone, at the positions that Q
     has. How much attention they would give to each context is measured beside that
-    (``attention.mass``). Neither is ever cached, and the request generates nothing.
+    (``attention.mass``).
 
     Args:
         query_len: tokens of Q.
         null_len: tokens of the null query.
-        places: where the contexts stand in the row, in the order in which they were sent.
     """
 
     query_len: int = 0
     null_len: int = 0
-    places: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -259,7 +266,7 @@ class ProbeSpec(ApeSpec):
         """The spec of a row as it is sent."""
         lens = tuple(context_lens)
         places = tuple(range(len(lens)))
-        return cls(prefix_len, lens, 1.0, 1.0, "", (), query_len, null_len, places)
+        return cls(prefix_len, lens, 1.0, 1.0, "", (), places, query_len, null_len)
 
     @cached_property
     def row_len(self) -> int:
@@ -285,21 +292,5 @@ class ProbeSpec(ApeSpec):
             out[begin - start : end - start] = np.arange(begin + at, end + at)
         return out
 
-    def reordered(self, order: Sequence[int]) -> ProbeSpec:
-        return replace(
-            self,
-            context_lens=tuple(self.context_lens[i] for i in order),
-            places=_moved(self.places, order),
-        )
-
-    def cacheable(self, stop: int) -> int:
-        return min(stop, self.context_end)
-
     def to_custom_params(self) -> dict[str, Any]:
         return {**super().to_custom_params(), PROBE_LENS: [self.query_len, self.null_len]}
-
-
-def _moved(places: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Where contexts stand after context ``order[k]`` has come to place k."""
-    new_place = {place: k for k, place in enumerate(order)}
-    return tuple(new_place[place] for place in places)
