@@ -10,6 +10,7 @@ from typing import Any
 
 _HOME = {
     "ApeCascadeAttentionWrapper": "flashinfer_ext.cascade",
+    "context_lse": "flashinfer_ext.lse",
     "gather_kv_indices": "flashinfer_ext.gather",
     "merge_state_scaled": "flashinfer_ext.merge",
     "merge_states_scaled": "flashinfer_ext.merge",

@@ -78,6 +78,36 @@ def attention_state(
     )
 
 
+def context_lse(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    indices: torch.Tensor,
+    indptr: torch.Tensor,
+    sm_scale: float,
+) -> torch.Tensor:
+    """The log-sum-exp of each query over the keys of each context, computed in fp32.
+
+    Args:
+        q: (rows, num_qo_heads, head_dim), any float dtype.
+        k_cache: (slots, num_kv_heads, head_dim); ``num_qo_heads`` is a multiple of
+            ``num_kv_heads``.
+        indices: (tokens,) integer, slots of the contexts' tokens, back to back.
+        indptr: (contexts + 1,) integer: context i has ``indices[indptr[i]:indptr[i + 1]]``.
+        sm_scale: multiplies the logits.
+
+    Returns:
+        fp32, base 2, of shape (rows, num_qo_heads, contexts).
+    """
+    rows, heads, _ = q.shape
+    grouped = q.float().view(rows, k_cache.shape[1], heads // k_cache.shape[1], -1)
+    lses = []
+    for start, stop in pairwise(indptr.tolist()):
+        keys = k_cache[indices[start:stop].long()].float()
+        logits = torch.einsum("nkgd,skd->nkgs", grouped, keys) * sm_scale
+        lses.append(torch.logsumexp(logits, -1).view(rows, heads))
+    return torch.stack(lses, -1) * math.log2(math.e)
+
+
 def merge_state_scaled(
     v_a: torch.Tensor,
     s_a: torch.Tensor,

@@ -331,7 +331,7 @@ def refuse_combinations(args: Any) -> None:
         for phase in ("prefill", "decode")
     )
     restricted = (*_RESTRICTED, *one_backend, *_RESTRICTED_BY_BACKEND.get(backend, ()))
-    _refuse_with_attention_scorer(args, backend)
+    _refuse_with_attention_scorer(args)
     for field, allowed, reason in restricted:
         value = getattr(args, field)
         if value not in allowed:
@@ -342,17 +342,12 @@ def refuse_combinations(args: Any) -> None:
             raise ValueError(f"--enable-ape cannot be combined with {name}=1: {reason}")
 
 
-def _refuse_with_attention_scorer(args: Any, backend: str) -> None:
-    if args.ape_scorer != ATTENTION:
-        return
-    reasons = {
-        f"--attention-backend {backend}": ("it measures no attention", backend != "torch_native"),
-        "--tp-size": ("a rank has the attention of its own heads only", args.tp_size != 1),
-        "--skip-tokenizer-init": ("a null query is made of text", args.skip_tokenizer_init),
-    }
-    for name, (reason, is_given) in reasons.items():
-        if is_given:
-            raise ValueError(f"--ape-scorer {ATTENTION} cannot be combined with {name}: {reason}")
+def _refuse_with_attention_scorer(args: Any) -> None:
+    if args.ape_scorer == ATTENTION and args.skip_tokenizer_init:
+        raise ValueError(
+            f"--ape-scorer {ATTENTION} cannot be combined with --skip-tokenizer-init: a null query "
+            "is made of text"
+        )
 
 
 def refuse_model(config: Any, attention_backend: str) -> None:

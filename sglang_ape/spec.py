@@ -86,6 +86,11 @@ class ApeSpec:
         return self.context_stops[-1]
 
     @cached_property
+    def context_indptr(self) -> np.ndarray:
+        """(contexts + 1,) int32: where each context begins, counted from the first one's start."""
+        return np.array([0, *accumulate(self.context_lens)], np.int32)
+
+    @cached_property
     def lens_and_bias(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int32) and bias (fp32, 0 where there is none) of each context."""
         count = len(self.context_lens)

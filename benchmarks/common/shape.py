@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 
 class Shape(NamedTuple):
     """A Llama model."""
@@ -60,3 +63,14 @@ def write_config(shape: Shape, folder: Path) -> None:
         "torch_dtype": shape.dtype,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of single bytes beside a config, for engines that need one though all
+    prompts are token ids.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

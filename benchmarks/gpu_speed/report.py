@@ -14,6 +14,7 @@ from benchmarks.gpu_speed.operations import (
 from benchmarks.gpu_speed.record import ENGINES
 from benchmarks.gpu_speed.scale import SCALES, Scale
 from benchmarks.gpu_speed.timing import Summary, summarise
+from sglang_ape.arguments import ATTENTION
 
 OURS, STOCK = ENGINES[:2], ENGINES[2:]
 NONE = "-"
@@ -201,8 +202,10 @@ def ladder_rows(records: dict[str, dict[str, Any]], scale: Scale) -> list[list[s
     bound = None
     if warm and soft and prefill:
         bound = Value(soft.number - warm.number + prefill.number, None)
+    by_attention = (record or {}).get("engine_arguments", {}).get("ape_scorer") == ATTENTION
+    aim: tuple[Comparison, float] = (COST, 1.15) if by_attention else (MORE, 0.30)
     rows = [
-        _rung_row("first token, soft", soft, warm, MORE, 0.30),
+        _rung_row("first token, soft", soft, warm, *aim),
         _rung_row(f"first token, refine {ladder.refine}", refine, warm, MORE, None),
         _rung_row(
             f"first token, refine {ladder.refine}, beside scoring (soft less none) and a plain "

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
-from benchmarks.common.shape import write_config
+from benchmarks.common.shape import write_config, write_tokenizer
 from benchmarks.gpu_speed.client import SCALE, TEMPERATURE, Client
 from benchmarks.gpu_speed.record import Record
 from benchmarks.gpu_speed.scale import Scale
 from benchmarks.gpu_speed.sections import Sections
+from sglang_ape.arguments import ATTENTION
 
 SECTIONS = ("floor", "plain", "cold", "ttft", "decode", "overlap", "ladder", "e2e", "memory")
 _WITHOUT_ENGINE = ("floor", "memory")
@@ -45,6 +46,8 @@ def engine_arguments(
             "ape_temperature": TEMPERATURE,
             "ape_scale": SCALE,
         }
+    if settings.get("ape_scorer") == ATTENTION:
+        arguments["skip_tokenizer_init"] = False  # a null query is made of text
     return arguments | scale.engine | settings
 
 
@@ -76,6 +79,8 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             write_config(scale.shape, Path(folder))
             arguments = engine_arguments(engine_name, scale, folder, seed, settings)
+            if not arguments["skip_tokenizer_init"]:
+                write_tokenizer(Path(folder))
             record.content["engine_arguments"] = arguments
             _guarded(
                 record,
@@ -108,7 +113,8 @@ def _with_engine(
         record.content["pool_tokens"] = info["max_total_num_tokens"]
         record.say(f"started; the KV pool holds {record.content['pool_tokens']} tokens")
         client = Client(engine, parallel=bool(arguments.get("enable_ape")))
-        measured = Sections(client, record, scale, seed, skip_largest_batch)
+        by_attention = arguments.get("ape_scorer") == ATTENTION
+        measured = Sections(client, record, scale, seed, skip_largest_batch, by_attention)
         gc.collect()
         gc.freeze()  # what is there now is not collected on any request's time
         if sections:

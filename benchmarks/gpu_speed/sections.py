@@ -21,6 +21,7 @@ from benchmarks.gpu_speed.timing import (
     span,
     summarise,
 )
+from sglang_ape.scoring.probe import NULL_TEXT, TAIL
 
 TTFT_WARM_UP = 2  # dropped repeats
 PLAIN_WARM_UP = 2
@@ -31,13 +32,20 @@ class Sections:
     """The sections of one run; every one can be run by itself and in any order."""
 
     def __init__(
-        self, client: Client, record: Record, scale: Scale, seed: int, skip_largest_batch: bool
+        self,
+        client: Client,
+        record: Record,
+        scale: Scale,
+        seed: int,
+        skip_largest_batch: bool,
+        by_attention: bool = False,
     ) -> None:
         self._client = client
         self._record = record
         self._scale = scale
         self._texts = Texts(scale.shape.vocab, seed)
         self._skip_largest_batch = skip_largest_batch
+        self._by_attention = by_attention  # contexts are scored
         self._documents: dict[int, Documents] = {}  # by length; the ones that stay cached
         self._cached: set[int] = set()
 
@@ -160,8 +168,7 @@ class Sections:
     def _rung(self, figure: str, rung: Rung, documents: Documents, is_timed: bool) -> None:
         ladder = self._scale.ladder
         answer = self._client.first_token(self._ask(documents, ladder.query), rung)
-        # A copy of the query begins with the last token of its context.
-        expected = ladder.contexts * (ladder.query + 1) if rung else 0
+        expected = self._scored_tokens() if rung else 0
         if answer.scored_tokens != expected:
             self._record.warn(f"{figure}: {answer.scored_tokens} tokens scored, not {expected}")
         if "refine" not in rung:
@@ -171,6 +178,13 @@ class Sections:
             return  # the same contexts were chosen in the same order before: a hit is no sample
         if is_timed:
             self._record.add(figure, [answer.seconds])
+
+    def _scored_tokens(self) -> int:
+        ladder = self._scale.ladder
+        if self._by_attention:  # the tokenizer knows bytes alone
+            return ladder.query + len(NULL_TEXT) + min(TAIL, ladder.query // 2)
+        # A copy of the query begins with the last token of its context.
+        return ladder.contexts * (ladder.query + 1)
 
     def _decode_ladder(self, batch: int, documents: Documents) -> None:
         soft: Rung = {"soft": self._scale.ladder.soft}

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from flashinfer_ext.cascade import ApeCascadeAttentionWrapper, temperature_module
 from flashinfer_ext.gather import gather_kv_indices, spread
+from flashinfer_ext.lse import context_lse
 from flashinfer_ext.rectangles import Heads, Kernel
-from flashinfer_ext.staging import Lists
+from flashinfer_ext.staging import Lists, staged
 from flashinfer_ext.variant import ModuleKey, is_available
 from sglang_ape import metrics
+from sglang_ape.arguments import ATTENTION
 from sglang_ape.attention.batch import (
     ApeBatch,
     ape_batch,
@@ -37,6 +39,7 @@ from sglang_ape.attention.levels import (
     extend_levels,
     rectangle_levels,
 )
+from sglang_ape.attention.mass import Measured, finished, measured_rows
 from sglang_ape.attention.rectangles import (
     EMPTY_COVER,
     HOPPER_RATES,
@@ -59,6 +62,14 @@ MOST_PREFILL_ROWS = 4096
 GRAPH_VARIANT = "ape"
 SHARED_VARIANT = "ape-shared"
 SOFT_VARIANT = "ape-soft"
+
+
+class _Probe(NamedTuple):
+    """A request whose attention is measured, and where its contexts are."""
+
+    measured: Measured
+    slots: torch.Tensor  # (tokens of contexts,) int32
+    indptr: torch.Tensor  # (contexts + 1,) int32, into ``slots``
 
 
 class ApeFlashInferBackend(FlashInferAttnBackend):
@@ -89,10 +100,11 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         self._graph_bias: torch.Tensor | None = None
         self._capturing: str | None = None  # the variant
         self._active: ApeCascadeAttentionWrapper | None = None  # None: the stock code's turn
+        self._probes: list[_Probe] = []  # of the active batch
         self._shares_reads = not model_runner.server_args.ape_disable_shared_reads
         self._planner: Planner | None = None  # None: no rectangles
         self.serves_bias = False  # no stock kernel stands in for the module with a bias
-        self._warm_up()
+        self._warm_up(measures=model_runner.server_args.ape_scorer == ATTENTION)
         self._followed: tuple[ApeBatch | None, Cover | None] = (None, None)
 
     def init_cuda_graph_state(
@@ -113,20 +125,25 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             self._graph_bias = torch.zeros_like(indices, dtype=torch.float32)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
+        finished.begin_pass()
         batch = ape_batch(forward_batch.rids)
         if batch is None:
             self._active = None
             super().init_forward_metadata(forward_batch)
             return
         stops = forward_batch.seq_lens_cpu
+        self._probes = []
         if forward_batch.forward_mode.is_decode():
             levels = _levels(batch, stops.numpy(), self.cover_of(batch))
         else:
             bounds = forward_batch.extend_prefix_lens_cpu, stops.tolist()
             levels = extend_levels(batch.specs, *bounds, self._prefill_groups(batch, *bounds))
+            self._probes = self._plan_probes(forward_batch, batch, *bounds)
         self._plan(self._eager, levels, forward_batch.req_pool_indices)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        finished.begin_pass()
+        self._probes = []
         batch = self._batch_of_graph(forward_batch, in_capture)
         if batch is None:
             self._active = None
@@ -172,6 +189,24 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         if sum(rows) > MOST_PREFILL_ROWS:
             return None
         return prefill_groups(rows, tokens, batch.context_sets, self._planner.costs)
+
+    def _plan_probes(
+        self, forward_batch: Any, batch: ApeBatch, starts: Sequence[int], stops: Sequence[int]
+    ) -> list[_Probe]:
+        """The requests of a prefill batch whose attention is measured in it."""
+        probes, offset = [], 0
+        rows = zip(forward_batch.rids, batch.specs, batch.masses, starts, stops, strict=True)
+        for i, (rid, spec, mass, start, stop) in enumerate(rows):
+            measured = measured_rows(rid, spec, mass, start, stop, offset)
+            offset += stop - start
+            if measured is None or spec is None:
+                continue
+            line = forward_batch.req_pool_indices[i : i + 1]
+            columns = slice(spec.prefix_len, spec.context_end)
+            slots = self.req_to_token_pool.req_to_token[line, columns].view(-1)
+            indptr = staged(torch.from_numpy(spec.context_indptr))
+            probes.append(_Probe(measured, slots, indptr.to(slots.device, non_blocking=True)))
+        return probes
 
     def cover_of(self, batch: ApeBatch | None) -> Cover | None:
         """The rectangles of a decode batch, None where it is read without any."""
@@ -294,17 +329,26 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         if k is not None and save_kv_cache:
             location = KVWriteLoc(forward_batch.out_cache_loc, None)
             pool.set_kv_buffer(layer, location, k, v, *self._kv_write_scales(layer))
+        q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        kv_cache = pool.get_kv_buffer(layer.layer_id)
         out = wrapper.run(
-            q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim),
-            pool.get_kv_buffer(layer.layer_id),
+            q,
+            kv_cache,
             k_scale=layer.k_scale_float,
             v_scale=layer.v_scale_float,
             sm_scale=layer.scaling,
+            return_lse=bool(self._probes),
         )
-        assert isinstance(out, torch.Tensor)
+        if isinstance(out, tuple):
+            out, lse = out
+            logits_scale = layer.scaling * (layer.k_scale_float or 1.0)
+            for measured, slots, indptr in self._probes:
+                rows = measured.rows
+                lses = context_lse(q[rows], kv_cache[0], slots, indptr, logits_scale)
+                measured.add(layer.layer_id, lse[rows], lses)
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, measures: bool) -> None:
         """Compile or load every kernel now rather than at the first request."""
         arguments = self._plan_arguments
         key = ModuleKey(arguments["q_data_type"], arguments["kv_data_type"], arguments["head_dim"])
@@ -337,6 +381,9 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
         for levels in prepared:
             self._plan(self._eager, levels, line)
             self._eager.run(q[: levels.qo_indptr[1][-1]], kv)
+        if measures:
+            first = line.int()
+            context_lse(q, kv[0], first, torch.stack([first, first + 1]).view(-1), 1.0)
         torch.cuda.synchronize()
         self._active = None
         kernel = key.name if custom else "FlashInfer's stock kernel"

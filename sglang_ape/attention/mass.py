@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+
+from sglang_ape.spec import ApeSpec, ProbeSpec
 
 LEAST = 1e-12
 """Added to the mean of squares: a score is at least its logarithm, -27.6."""
@@ -26,28 +29,18 @@ LEAST = 1e-12
 MOST_FINISHED = 4096
 
 
-def context_shares(
-    q: torch.Tensor, k: torch.Tensor, sm_scale: float, lens: Sequence[int], lse: torch.Tensor
-) -> torch.Tensor:
-    """The softmax weight of each context, in fp32.
+def shares(lse: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
+    """The softmax weight of each context.
 
     Args:
-        q: (rows, num_qo_heads, head_dim), any float dtype.
-        k: (sum of lens, num_kv_heads, head_dim), the keys of all contexts.
-        sm_scale: multiplies the logits.
-        lens: tokens of each context.
         lse: (rows, num_qo_heads), fp32, base 2: of what else the rows attend to.
+        lses: (rows, num_qo_heads, contexts), likewise: of each context.
 
     Returns:
-        (rows, num_qo_heads, contexts).
+        As ``lses``.
     """
-    rows, heads, _ = q.shape
-    grouped = q.float().view(rows, k.shape[1], heads // k.shape[1], -1)
-    lses = [lse * math.log(2)]
-    for own in k.split(list(lens)):
-        logits = torch.einsum("nkgd,skd->nkgs", grouped, own.float()) * sm_scale
-        lses.append(torch.logsumexp(logits, -1).view(rows, heads))
-    return torch.softmax(torch.stack(lses, -1), -1)[..., 1:]
+    logs = torch.cat([lse.unsqueeze(-1), lses], -1) * math.log(2)
+    return torch.softmax(logs, -1)[..., 1:]
 
 
 class AttentionMass:
@@ -73,20 +66,73 @@ class AttentionMass:
             shares: (rows, heads, contexts), fp32.
         """
         summed = shares.sum(0)
-        sums = self._sums.setdefault(layer, [torch.zeros_like(summed) for _ in self._rows])
-        sums[which] += summed
+        if layer not in self._sums:
+            self._sums[layer] = [torch.zeros_like(summed) for _ in self._rows]
+        self._sums[layer][which] += summed
 
-    def close(self, layer: int) -> None:
-        """All rows of a layer were added."""
-        query, null = (a / n for a, n in zip(self._sums.pop(layer), self._rows, strict=True))
-        squares = (query - null).clamp_min(0).square().sum(0)
-        self._squares = squares if self._squares is None else self._squares + squares
-        self._heads += query.shape[0]
+    def close(self) -> None:
+        """All rows of all layers were added: keep a number for each context, not for each head."""
+        if self._squares is not None:
+            return
+        by_query = zip(*self._sums.values(), strict=True)
+        query, null = (torch.stack(a) / n for a, n in zip(by_query, self._rows, strict=True))
+        self._squares = (query - null).clamp_min(0).square().sum((0, 1))
+        self._heads = query.shape[0] * query.shape[1]
+        self._sums.clear()
 
-    def scores(self) -> torch.Tensor:
-        """(contexts,), fp32, in the order of the row, of the layers that were closed."""
+    def scores(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> list[float]:
+        """The scores of the contexts, in the order of the row.
+
+        Args:
+            all_reduce: adds up a CPU tensor of this process and of those with the other heads.
+        """
+        self.close()
         assert self._squares is not None
-        return torch.log(self._squares / self._heads + LEAST)
+        total = torch.tensor([*self._squares.tolist(), self._heads], dtype=torch.float64)
+        if all_reduce is not None:
+            all_reduce(total)
+        return torch.log(total[:-1] / total[-1] + LEAST).tolist()
+
+
+class Measured(NamedTuple):
+    """The rows of a pass that are added to what is collected of a request."""
+
+    mass: AttentionMass
+    rows: slice  # of the batch's new tokens
+    queries: tuple[tuple[int, slice], ...]  # 0 for Q, 1 for the null query; parts of ``rows``
+
+    def add(self, layer: int, lse: torch.Tensor, lses: torch.Tensor) -> None:
+        """Add a layer; ``lse`` and ``lses`` of these rows, as :func:`shares` takes them."""
+        weights = shares(lse, lses)
+        for which, part in self.queries:
+            self.mass.add(layer, which, weights[part])
+
+
+def measured_rows(
+    rid: str, spec: ApeSpec | None, mass: AttentionMass | None, start: int, stop: int, offset: int
+) -> Measured | None:
+    """What a pass measures of a request; of one that it ends, the scores can be taken after it.
+
+    Args:
+        rid: of the request.
+        spec: of the request.
+        mass: what is collected of it; None if nothing is.
+        start: its first new row.
+        stop: behind its last one.
+        offset: of its first new row among the batch's.
+    """
+    if mass is None or not isinstance(spec, ProbeSpec):
+        return None
+    first = max(start, spec.context_end)
+    if first >= stop:
+        return None
+    if stop == spec.row_len:
+        finished.put(rid, mass, spec.places)
+    queries = tuple(
+        (which, slice(begin - first, end - first))
+        for which, begin, end in spec.queries(first, stop)
+    )
+    return Measured(mass, slice(first - start + offset, stop - start + offset), queries)
 
 
 class Finished:
@@ -95,19 +141,35 @@ class Finished:
     def __init__(self, most: int = MOST_FINISHED) -> None:
         self._most = most
         self._masses: OrderedDict[str, tuple[AttentionMass, Sequence[int]]] = OrderedDict()
+        self._in_pass: list[AttentionMass] = []
+
+    def begin_pass(self) -> None:
+        """Whatever was put before is complete: its pass was launched."""
+        for mass in self._in_pass:
+            mass.close()
+        self._in_pass.clear()
 
     def put(self, rid: str, mass: AttentionMass, places: Sequence[int]) -> None:
-        """Keep what was collected; ``places``: where each context stands in the row."""
+        """Keep what the pass that is being planned completes.
+
+        Args:
+            rid: of the request.
+            mass: what was and will be collected of it.
+            places: where each context stands in the row.
+        """
+        self._in_pass.append(mass)
         self._masses[rid] = (mass, places)
         if len(self._masses) > self._most:
             self._masses.popitem(last=False)
 
-    def take(self, rid: str) -> list[float] | None:
-        """The scores of the contexts as they were sent."""
+    def take(
+        self, rid: str, all_reduce: Callable[[torch.Tensor], object] | None = None
+    ) -> list[float] | None:
+        """The scores of the contexts as they were sent; ``all_reduce`` as in ``AttentionMass``."""
         if rid not in self._masses:
             return None
         mass, places = self._masses.pop(rid)
-        in_row = mass.scores().tolist()
+        in_row = mass.scores(all_reduce)
         return [in_row[place] for place in places]
 
 

@@ -20,7 +20,6 @@ class Path(NamedTuple):
 
     rows: RowRange
     kv: tuple[RowRange, ...]  # concatenated, the last one ends with ``rows``
-    query: int | None = None  # of a ProbeSpec: 0 for Q, 1 for the null query
 
 
 class RequestPlan(NamedTuple):
@@ -64,5 +63,5 @@ def _paths_of_queries(spec: ProbeSpec, start: int, stop: int) -> list[Path]:
     paths = []
     for which, begin, end in spec.queries(start, stop):
         first = spec.context_end + which * spec.query_len
-        paths.append(Path((begin, end), ((0, spec.prefix_len), (first, end)), which))
+        paths.append(Path((begin, end), ((0, spec.prefix_len), (first, end))))
     return paths

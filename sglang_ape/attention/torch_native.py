@@ -11,24 +11,16 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from flashinfer_ext.reference import attention_state, merge_state_scaled
+from flashinfer_ext.reference import attention_state, context_lse, merge_state_scaled
 from sglang_ape.attention.batch import ApeBatch, ape_batch
-from sglang_ape.attention.mass import AttentionMass, context_shares, finished
+from sglang_ape.attention.mass import Measured, finished, measured_rows
 from sglang_ape.attention.plan import RowRange, plan_request
-from sglang_ape.spec import ApeSpec, ProbeSpec
+from sglang_ape.spec import ApeSpec
 
 
 class _PathWork(NamedTuple):
     rows: slice  # of the batch's new tokens
     slots: torch.Tensor  # (kv_len,) KV slots in the order of the path
-    query: int | None = None  # of a ProbeSpec, which of the two it is
-
-
-class _Measured(NamedTuple):
-    """What is collected of a request with a ProbeSpec."""
-
-    mass: AttentionMass
-    ends: bool  # with the rows of this pass
 
 
 class _Work(NamedTuple):
@@ -39,8 +31,9 @@ class _Work(NamedTuple):
     paths: list[_PathWork]
     query_rows: slice | None
     context_slots: torch.Tensor | None
+    context_indptr: torch.Tensor | None = None  # (contexts + 1,) int32, into ``context_slots``
     bias: torch.Tensor | None = None  # (slots,) fp32, natural log; None for 0
-    measured: _Measured | None = None
+    measured: Measured | None = None
 
 
 class ApeTorchNativeBackend(TorchNativeAttnBackend):
@@ -52,6 +45,7 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
+        finished.begin_pass()
         batch = ape_batch(forward_batch.rids)
         self._work = None if batch is None else self._plan(forward_batch, batch)
 
@@ -79,16 +73,14 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
         work, offset = [], 0
         table = self.req_to_token_pool.req_to_token
         indices = forward_batch.req_pool_indices.tolist()
-        for index, spec, stop, length in zip(indices, batch.specs, stops, lens, strict=True):
-            work.append(_request_work(table[index], spec, stop - length, stop, offset))
+        masses = batch.masses or [None] * len(stops)
+        for i, (spec, stop, length) in enumerate(zip(batch.specs, stops, lens, strict=True)):
+            start = stop - length
+            rid = forward_batch.rids[i]
+            measured = measured_rows(rid, spec, masses[i], start, stop, offset)
+            of_request = _request_work(table[indices[i]], spec, start, stop, offset)
+            work.append(of_request._replace(measured=measured))
             offset += length
-        for i, mass in enumerate(batch.masses):
-            spec = batch.specs[i]
-            if mass is not None and isinstance(spec, ProbeSpec):
-                ends = stops[i] == spec.row_len
-                work[i] = work[i]._replace(measured=_Measured(mass, ends))
-                if ends:  # in this pass, before anybody can ask
-                    finished.put(forward_batch.rids[i], mass, spec.places)
         return work
 
     def _forward(
@@ -111,17 +103,15 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
     ) -> None:
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        scale, lse = layer.scaling, None
-        for path in work.paths:
-            rows, slots = path.rows, path.slots
+        scale, lses = layer.scaling, []
+        for rows, slots in work.paths:
             state, lse = attention_state(q[rows], keys[slots], values[slots], scale, causal=True)
             out[rows] = state
-            if work.measured is not None and path.query is not None:
-                own = keys[work.context_slots]
-                shares = context_shares(q[rows], own, scale, spec.context_lens, lse)
-                work.measured.mass.add(layer.layer_id, path.query, shares)
-        if work.measured is not None and work.measured.ends:
-            work.measured.mass.close(layer.layer_id)
+            lses.append(lse)
+        if work.measured is not None:
+            own = q[work.measured.rows]
+            of_contexts = context_lse(own, keys, work.context_slots, work.context_indptr, scale)
+            work.measured.add(layer.layer_id, torch.cat(lses)[-len(own) :], of_contexts)
         if work.query_rows is None:
             return
         # The query's path is the last one: ``state`` and ``lse`` are its own, still in fp32.
@@ -177,7 +167,7 @@ def _request_work(
     plan = plan_request(spec, start, stop)
     row = row[:stop].long()
     paths = [
-        _PathWork(tokens(path.rows), torch.cat([row[a:b] for a, b in path.kv]), path.query)
+        _PathWork(tokens(path.rows), torch.cat([row[a:b] for a, b in path.kv]))
         for path in plan.paths
     ]
     return _Work(
@@ -186,6 +176,7 @@ def _request_work(
         paths=paths,
         query_rows=tokens(plan.query_rows) if plan.query_rows else None,
         context_slots=row[plan.contexts[0] : plan.contexts[1]],
+        context_indptr=torch.from_numpy(spec.context_indptr),
         bias=_bias_of_slots(spec, row.device),
     )
 

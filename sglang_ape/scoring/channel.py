@@ -12,6 +12,7 @@ import asyncio
 from functools import partial
 from typing import Any
 
+import torch
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import BaseReq
@@ -39,8 +40,12 @@ def answer_messages(scheduler: Any) -> None:
     scheduler._request_dispatcher += TypeBasedDispatcher(handlers)
 
 
-def answer(_scheduler: Any, request: ApeScoresReqInput) -> ApeScoresReqOutput:
-    return ApeScoresReqOutput(scores=finished.take(request.measured))
+def answer(scheduler: Any, request: ApeScoresReqInput) -> ApeScoresReqOutput:
+    """Every rank of a tensor-parallel group is asked, and has measured its own heads."""
+    all_reduce = None
+    if scheduler.server_args.tp_size > 1:
+        all_reduce = partial(torch.distributed.all_reduce, group=scheduler.tp_cpu_group)
+    return ApeScoresReqOutput(scores=finished.take(request.measured, all_reduce))
 
 
 class ScoresChannel:

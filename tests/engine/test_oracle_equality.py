@@ -359,7 +359,7 @@ def _assert_rung(bench: Bench, rung: Rung, answer: dict[str, Any]) -> list[float
     told = [one["score"] for one in answer["meta_info"]["contexts"]]
     if bench.deployment.by_attention:
         expected = bench.oracle.attention_scores(prefix, contexts, query, bench.null(query))
-        tolerance = 2e-3  # the logarithm of the square of a small difference
+        tolerance = bench.deployment.attention_tolerance
     else:
         expected = [bench.oracle.likelihood(prefix, context, query) for context in contexts]
         tolerance = bench.deployment.tolerance * max(1.0, len(query) ** 0.5)

@@ -17,6 +17,8 @@ class Deployment(NamedTuple):
     loses_logprobs: bool = False
     tolerance: float = 1e-4  # of a log-probability
     by_attention: bool = False  # how contexts are scored
+    # Of a score by attention, the logarithm of the square of a small difference.
+    attention_tolerance: float = 2e-3
 
     @property
     def all_flags(self) -> tuple[str, ...]:

@@ -227,11 +227,36 @@ def test_the_ladder_says_when_its_requests_were_not_what_they_should_be(tmp_path
     assert "ladder/ttft/refine: 0 tokens of contexts computed" in warnings
 
 
+def test_the_ladder_knows_what_scoring_by_attention_computes(tmp_path: Path) -> None:
+    class Measuring(ScoringEngine):
+        def generate(self, **call: Any) -> dict[str, Any]:
+            answer = super().generate(**call)
+            spent = answer["meta_info"]["ape"]
+            query, null = len(call["input_ids"]), len("N/A") + 4  # half of a query of 8
+            spent["scored_tokens"] = min(spent["scored_tokens"], query + null)
+            return answer
+
+    record = Record(tmp_path / "run.json", {"engine": "ape"})
+    for by_attention in (True, False):
+        engine = Measuring()
+        client = Client(engine, parallel=True)
+        Sections(client, record, TINY_SCALE, 0, False, by_attention).ladder()
+        engine.loop.close()
+        assert bool(record.content["warnings"]) == (not by_attention)
+
+
 def test_the_ladder_is_not_for_stock_engines(tmp_path: Path) -> None:
     record = Record(tmp_path / "run.json", {"engine": "fa3"})
     client = Client(None, parallel=False)
     Sections(client, record, TINY_SCALE, seed=0, skip_largest_batch=False).ladder()
     assert record.content["samples"] == {}
+
+
+def test_soft_by_attention_is_held_to_its_own_aim(tmp_path: Path) -> None:
+    samples = {"ladder/ttft/warm": [0.040], "ladder/ttft/soft": [0.050]}
+    for scorer, expected in (("attention", "≤ 1.15: **missed**"), ("likelihood", "≤ 0.3: met")):
+        record = {"samples": samples, "engine_arguments": {"ape_scorer": scorer}}
+        assert expected in ladder_rows({"ape": record}, TINY_SCALE)[0][-1]
 
 
 def test_rungs_are_reported_beside_requests_without_them(tmp_path: Path) -> None:

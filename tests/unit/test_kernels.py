@@ -61,7 +61,8 @@ def kernels() -> Iterator[SimpleNamespace]:
             ("sum", tl.standard._sum_combine),
         ):
             patch.setattr(tl, name, lambda x, axis, f=combine: tl.reduce(x, axis, f))
-        yield SimpleNamespace(merge=interpreted("merge"), gather=interpreted("gather"))
+        names = ("merge", "gather", "lse")
+        yield SimpleNamespace(**{name: interpreted(name) for name in names})
 
 
 class Merge(NamedTuple):
@@ -773,3 +774,75 @@ def test_a_graph_takes_exactly_its_rows_with_a_request_each(
     }
     with pytest.raises(ValueError, match="3 rows"):
         wrapper.plan(**{**GOOD_PLAN, **changes})
+
+
+class Contexts(NamedTuple):
+    """What the log-sum-exps of contexts take."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    slots: torch.Tensor
+    indptr: torch.Tensor
+
+
+def random_contexts(rows: int, shape: PackedShape, lens: list[int], seed: int = 5) -> Contexts:
+    """Contexts at random slots of a cache that others stand in too."""
+    generator = torch.Generator().manual_seed(seed)
+    group_size, kv_heads, head_dim = shape
+    slots = torch.randperm(sum(lens) + 9, generator=generator)[: sum(lens)]
+    return Contexts(
+        torch.randn(rows, group_size * kv_heads, head_dim, generator=generator),
+        torch.randn(sum(lens) + 9, kv_heads, head_dim, generator=generator),
+        slots.int(),
+        torch.tensor([0, *lens]).cumsum(0).int(),
+    )
+
+
+def launched_lse(kernels: SimpleNamespace, given_: Contexts, sm_scale: float) -> torch.Tensor:
+    rows, heads, _ = given_.q.shape
+    out = torch.full((rows, heads, len(given_.indptr) - 1), math.nan)
+    kernels.lse.launch_context_lse(*given_, sm_scale, out)
+    return out
+
+
+@fast
+@given(
+    rows=st.sampled_from([1, 3, 40, 150]),
+    shape=st.sampled_from([(1, 1, 64), (3, 2, 80), (4, 1, 128)]),
+    lens=st.lists(st.sampled_from([1, 2, 63, 64, 65, 130]), min_size=1, max_size=4),
+    sm_scale=st.sampled_from([0.1, 1.0]),
+)
+def test_the_kernel_of_contexts_log_sum_exps_equals_the_reference(
+    kernels: SimpleNamespace, rows: int, shape: PackedShape, lens: list[int], sm_scale: float
+) -> None:
+    contexts = random_contexts(rows, shape, lens)
+    found = launched_lse(kernels, contexts, sm_scale)
+    expected = reference.context_lse(*contexts, sm_scale)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_log_sum_exps_may_be_written_beside_others_of_queries_that_stand_apart(
+    kernels: SimpleNamespace,
+) -> None:
+    contexts = random_contexts(6, (3, 2, 64), [5, 70])
+    expected = reference.context_lse(*contexts, 0.3)
+    apart = torch.stack([contexts.q, contexts.q + 1], 1)[:, 0]
+    out = torch.full((6, 6, 4), math.nan)
+    kernels.lse.launch_context_lse(apart, *contexts[1:], 0.3, out[..., 1:3])
+    torch.testing.assert_close(out[..., 1:3], expected, rtol=1e-5, atol=1e-5)
+    assert out[..., ::3].isnan().all()
+
+
+def test_large_logits_do_not_overflow(kernels: SimpleNamespace) -> None:
+    contexts = random_contexts(2, (2, 1, 64), [3, 80])
+    contexts = contexts._replace(q=contexts.q * 1e3)
+    found = launched_lse(kernels, contexts, 1.0)
+    assert found.isfinite().all()
+    expected = reference.context_lse(*contexts, 1.0)
+    assert torch.allclose(found, expected, rtol=1e-5)
+
+
+def test_no_rows_or_no_contexts_need_no_launch(kernels: SimpleNamespace) -> None:
+    launched_lse(kernels, random_contexts(0, (2, 1, 64), [3]), 1.0)
+    none = random_contexts(2, (2, 1, 64), [])
+    assert launched_lse(kernels, none, 1.0).shape == (2, 2, 0)
