@@ -2,23 +2,18 @@
 
 An answer to a request could carry them (``customized_info``), but then SGLang adds the field to
 every request that is answered with it.
-
-Source: as ``store.channel``.
 """
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Any
 
 import torch
-from sglang.srt.managers import io_struct
-from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import BaseReq
-from sglang.utils import TypeBasedDispatcher
 
 from sglang_ape.attention.mass import finished
+from sglang_ape.control import Asker, serve
 
 
 class ApeScoresReqInput(BaseReq):
@@ -34,10 +29,8 @@ class ApeScoresReqOutput(BaseReq):
 
 
 def answer_messages(scheduler: Any) -> None:
-    """Have a scheduler answer these messages."""
-    _register_types()
-    handlers = [(ApeScoresReqInput, partial(answer, scheduler))]
-    scheduler._request_dispatcher += TypeBasedDispatcher(handlers)
+    """Have a scheduler, on any rank, answer these messages."""
+    serve(scheduler, ApeScoresReqInput, ApeScoresReqOutput, partial(answer, scheduler))
 
 
 def answer(scheduler: Any, request: ApeScoresReqInput) -> ApeScoresReqOutput:
@@ -56,11 +49,7 @@ class ScoresChannel:
     """
 
     def __init__(self, manager: Any) -> None:
-        _register_types()
-        self._manager = manager
-        self._communicator: Any = FanOutCommunicator(manager._dispatch_to_scheduler, fan_out=1)
-        handlers = [(ApeScoresReqOutput, self._communicator.handle_recv)]
-        manager._result_dispatcher += TypeBasedDispatcher(handlers)
+        self._ask = Asker(manager, ApeScoresReqInput, ApeScoresReqOutput)
 
     async def take(self, rid: str) -> list[float]:
         """The scores of a request that has ended, once.
@@ -68,15 +57,7 @@ class ScoresChannel:
         Raises:
             RuntimeError: the scheduler has none.
         """
-        self._manager.auto_create_handle_loop()
-        message = ApeScoresReqInput(measured=rid)
-        # Shielded: the answer to a question that was given up would be taken for the next one's.
-        scores = (await asyncio.shield(self._communicator(message)))[0].scores
+        scores = (await self._ask(ApeScoresReqInput(measured=rid))).scores
         if scores is None:
             raise RuntimeError(f"the scheduler has no scores of {rid}")
         return scores
-
-
-def _register_types() -> None:
-    """Let SGLang's message decoder know both types, in this process."""
-    io_struct.hook_custom_types(ApeScoresReqInput, ApeScoresReqOutput)

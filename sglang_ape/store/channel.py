@@ -1,24 +1,19 @@
 """What the main process asks the scheduler about contexts, over SGLang's control channel.
 
-Only the scheduler knows what is cached and can keep it from being evicted. A message goes the way
-of ``/flush_cache``: over ZMQ to rank 0, from there to every other rank, whose trees are equal, so
-that the pins of all of them are too.
-
-Source: ``managers/communicator.py`` and ``managers/tokenizer_control_mixin.py`` of SGLang 0.5.17.
+Only the scheduler knows what is cached and can keep it from being evicted. The trees of all ranks
+are equal, and so, since every rank gets every message, are their pins.
 """
 
 from __future__ import annotations
 
-import asyncio
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from sglang.srt.managers import io_struct
-from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import BaseReq
-from sglang.utils import TypeBasedDispatcher
+
+from sglang_ape.control import Asker, serve
 
 LOOK, TOUCH, PIN, UNPIN = "look", "touch", "pin", "unpin"
 
@@ -51,9 +46,7 @@ class ApeContextsReqOutput(BaseReq):
 
 def answer_messages(scheduler: Any) -> None:
     """Have a scheduler, on any rank, answer these messages."""
-    _register_types()
-    handlers = [(ApeContextsReqInput, partial(answer, scheduler))]
-    scheduler._request_dispatcher += TypeBasedDispatcher(handlers)
+    serve(scheduler, ApeContextsReqInput, ApeContextsReqOutput, partial(answer, scheduler))
 
 
 def answer(scheduler: Any, request: ApeContextsReqInput) -> ApeContextsReqOutput:
@@ -83,11 +76,7 @@ class SchedulerChannel:
     """
 
     def __init__(self, manager: Any) -> None:
-        _register_types()
-        self._manager = manager
-        self._communicator: Any = FanOutCommunicator(manager._dispatch_to_scheduler, fan_out=1)
-        handlers = [(ApeContextsReqOutput, self._communicator.handle_recv)]
-        manager._result_dispatcher += TypeBasedDispatcher(handlers)
+        self._ask = Asker(manager, ApeContextsReqInput, ApeContextsReqOutput)
 
     async def look(self, paths: Sequence[CachedPath]) -> list[int]:
         """Leading tokens of each path that are cached now, without counting as use."""
@@ -110,16 +99,6 @@ class SchedulerChannel:
         for part in _messages(paths):
             cached += (await self._ask(_message(action, part))).cached
         return cached
-
-    async def _ask(self, message: ApeContextsReqInput) -> ApeContextsReqOutput:
-        self._manager.auto_create_handle_loop()
-        # Shielded: the answer to a question that was given up would be taken for the next one's.
-        return (await asyncio.shield(self._communicator(message)))[0]
-
-
-def _register_types() -> None:
-    """Let SGLang's message decoder know both types, in this process."""
-    io_struct.hook_custom_types(ApeContextsReqInput, ApeContextsReqOutput)
 
 
 def _message(action: str, paths: Sequence[CachedPath]) -> ApeContextsReqInput:

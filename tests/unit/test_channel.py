@@ -131,7 +131,7 @@ def ask(host: Host, action: str, *paths: CachedPath) -> list[int]:
 @pytest.fixture(params=["msgpack", "pickle"])
 def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With SGLANG_USE_PICKLE_IPC off and on."""
-    channel._register_types()
+    io_struct.hook_custom_types(*OURS)
     monkeypatch.setattr(io_struct, "_USE_PICKLE_IPC", request.param == "pickle")
 
 
