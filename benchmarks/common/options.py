@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.common.client import Client
 from benchmarks.common.server import started
+from sglang_ape.command import API_KEY_VARIABLE
 
 QUICK_POOL_TOKENS = 16384
-API_KEY_VARIABLE = "SGLANG_API_KEY"
 
 
 def parser_of(module: str, doc: str | None) -> argparse.ArgumentParser:

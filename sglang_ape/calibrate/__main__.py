@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,13 +27,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_ape.arguments import MAX_SCALE, MAX_TEMPERATURE
+from sglang_ape.command import (
+    add_engine_options,
+    check_folder,
+    ended,
+    not_negative,
+    open_backend,
+    parse_with_flags,
+    positive,
+)
 
 if TYPE_CHECKING:
-    from sglang_ape.calibrate.backend import Backend
     from sglang_ape.calibrate.data import Parts
     from sglang_ape.calibrate.run import Outcome, Plan
 
-API_KEY_VARIABLE = "SGLANG_API_KEY"
 _TOP_LOGPROBS = 10
 _TENTHS = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1"
 
@@ -64,17 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _calibrate(args, flags)
     except (InputError, UnicodeDecodeError) as error:
-        return _ended(f"error: {error}", 2)
+        return ended(f"error: {error}", 2)
     except RowError as error:
-        return _ended(f"error: {args.data or '--quick'}, {error}", 1)
+        return ended(f"error: {args.data or '--quick'}, {error}", 1)
     except RequestException as error:
-        return _ended(f"error: no answer from {args.url}: {' '.join(str(error).split())}", 1)
+        return ended(f"error: no answer from {args.url}: {' '.join(str(error).split())}", 1)
     except ApeRequestError as error:
-        return _ended(f"error: {error}", 1)
+        return ended(f"error: {error}", 1)
     except OSError as error:
-        return _ended(f"error: {error}", 2)
+        return ended(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _ended("interrupted: no profile was written", 130)
+        return ended("interrupted: no profile was written", 130)
     print(f"time        {time.monotonic() - started:.1f} s")
     return 0
 
@@ -98,10 +104,10 @@ def _calibrate(args: argparse.Namespace, flags: Sequence[str]) -> None:
     plan = _plan(args, data)
     if args.plot is not None:
         plot.require_matplotlib()
-    for path in (args.out, args.plot):
-        _check_folder(path)
+        check_folder(args.plot)
+    check_folder(args.out)
     options = Options(args.max_new_tokens, tuple(args.stop), _TOP_LOGPROBS, args.batch_size)
-    backend = _backend(args, flags)
+    backend = open_backend(args, flags)
     try:
         facts = backend.facts
         rows = prepare(data.parts, facts, plan, args.max_new_tokens, data.name)
@@ -187,16 +193,6 @@ def _warm(args: argparse.Namespace, data: _Data) -> tuple[str, ...]:
         raise InputError(f"--warm: {error}") from None
 
 
-def _backend(args: argparse.Namespace, flags: Sequence[str]) -> Backend:
-    from sglang_ape.calibrate.backend import InProcess, Server
-
-    if args.model is not None:
-        print(f"starting {args.model}", file=sys.stderr, flush=True)
-        return InProcess(args.model, flags)
-    api_key = args.api_key or os.environ.get(API_KEY_VARIABLE) or None
-    return Server(args.url, api_key, args.timeout, args.tokenizer)
-
-
 def _finish(
     args: argparse.Namespace, plan: Plan, model: str, inputs: dict[str, Any], outcome: Outcome
 ) -> None:
@@ -224,33 +220,12 @@ def _finish(
         print(f"plot        {args.plot}")
 
 
-def _check_folder(path: Path | None) -> None:
-    """Fail before the work, not after it."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.absolute().parent}")
-
-
-def _ended(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
-    return status
-
-
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and what stands behind ``--``."""
-    at = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
-    args = parser.parse_args(argv[:at])
-    flags = list(argv[at + 1 :])
+    args, flags = parse_with_flags(parser, argv)
     if args.data is None and not args.quick:
         parser.error("give --data, or --quick")
-    if flags and args.model is None:
-        parser.error("server flags after -- go with --model")
-    if args.model is not None and (args.tokenizer or args.api_key):
-        parser.error("--tokenizer and --api-key go with --url")
     if args.budget is not None and not (args.soft or args.refine or args.warm):
         parser.error("--budget goes with --soft, --refine or --warm")
     sizes = _QUICK if args.quick else _FULL
@@ -267,12 +242,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s (--url URL | --model MODEL) (--data FILE | --quick) [options] [-- FLAGS]",
     )
+    add_engine_options(parser)
     add = parser.add_argument
-    engine = parser.add_mutually_exclusive_group(required=True)
-    engine.add_argument("--url", help="a running server, with --enable-ape")
-    engine.add_argument(
-        "--model", help="path or name of a model to start here; SGLang's flags for it go after --"
-    )
     add("--data", type=Path, metavar="FILE", help="the rows, in JSON lines")
     add(
         "--quick",
@@ -350,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--budget",
-        type=_not_negative,
+        type=not_negative,
         metavar="TOKENS",
         help="extra prefill tokens a request, as a mean, that soft and refine may cost (default: "
         "any number)",
@@ -372,7 +343,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of that division (default: %(default)s)")
     add(
         "--max-new-tokens",
-        type=_positive(int),
+        type=positive(int),
         metavar="N",
         help=f"tokens of an answer (default: {_FULL.max_new_tokens})",
     )
@@ -385,24 +356,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--batch-size",
-        type=_positive(int),
+        type=positive(int),
         default=8,
         metavar="N",
         help="requests in one call (default: %(default)s)",
-    )
-    add("--tokenizer", metavar="PATH", help="with --url (default: what the server names)")
-    add(
-        "--api-key",
-        metavar="KEY",
-        help=f"of the server (default: ${API_KEY_VARIABLE}, which other users of the machine do "
-        "not see)",
-    )
-    add(
-        "--timeout",
-        type=_positive(float),
-        default=600.0,
-        metavar="SECONDS",
-        help="how long a call may take (default: 600)",
     )
     return parser
 
@@ -434,33 +391,12 @@ def _counts(text: str) -> tuple[int, ...]:
     return values
 
 
-def _not_negative(text: str) -> float:
-    """An argparse type."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return value
-
-
 def _share(text: str) -> float:
     """An argparse type: from 0 to below 1."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError("must be from 0 to below 1")
     return value
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type."""
-
-    def parsed(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-
-    parsed.__name__ = f"positive {kind.__name__}"
-    return parsed
 
 
 if __name__ == "__main__":

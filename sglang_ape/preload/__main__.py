@@ -14,23 +14,20 @@ nothing was sent; 130, interrupted.
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import requests
 
 from sglang_ape.client import ContextStore
+from sglang_ape.command import add_server_options, api_key, ended, positive
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.preload.documents import Documents, InputError
 from sglang_ape.preload.id_file import IdFile
 from sglang_ape.preload.run import Preload, Settings
-
-API_KEY_VARIABLE = "SGLANG_API_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,23 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         preload = _prepared(args)
     except (InputError, ApeRequestError, OSError, UnicodeDecodeError) as error:
-        return _ended(f"error: {error}", 2)
+        return ended(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _ended("interrupted, nothing was sent", 130)
+        return ended("interrupted, nothing was sent", 130)
     try:
         preload.run(args.batch_size)
         summary = preload.summary()
     except KeyboardInterrupt:
-        return _ended(f"interrupted: {preload.progress}", 130)
+        return ended(f"interrupted: {preload.progress}", 130)
     except (InputError, ApeRequestError, OSError) as error:  # OSError: also those of requests
-        return _ended(f"error: {_explained(error, args)}\n{preload.progress}", 1)
+        return ended(f"error: {_explained(error, args)}\n{preload.progress}", 1)
     print(*summary, f"time        {time.monotonic() - started:.1f} s", sep="\n")
     return 0
 
 
 def _prepared(args: argparse.Namespace) -> Preload:
-    api_key = args.api_key or os.environ.get(API_KEY_VARIABLE) or None
-    store = ContextStore(args.url, api_key, timeout=args.timeout)
+    store = ContextStore(args.url, api_key(args), timeout=args.timeout)
     ids = args.ids or args.documents.with_name(f"{args.documents.name}.ids.jsonl")
     tenant = {"lora_path": args.lora_path, "extra_key": args.extra_key}
     settings = Settings(
@@ -70,11 +66,6 @@ def _before(args: argparse.Namespace) -> dict[str, Any]:
     if args.prefix_file is not None:
         return {"prefix": args.prefix_file.read_bytes().decode()}  # line ends as they are
     return {} if args.prefix is None else {"prefix": args.prefix}
-
-
-def _ended(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
-    return status
 
 
 def _explained(error: Exception, args: argparse.Namespace) -> str:
@@ -107,40 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora-path", metavar="NAME", help="name of the adapter that will use them")
     add("--extra-key", metavar="KEY", help="SGLang's namespace of cached prompts")
     add(
-        "--api-key",
-        metavar="KEY",
-        help=f"of the server (default: ${API_KEY_VARIABLE}, which other users of the machine do "
-        "not see)",
-    )
-    add(
         "--ids",
         type=Path,
         metavar="FILE",
         help="where the ids go (default: FILE.ids.jsonl, beside the documents); one file for each "
         "prefix, adapter and key",
     )
-    add("--batch-size", type=_positive(int), default=32, metavar="N", help="documents a call")
-    add(
-        "--timeout",
-        type=_positive(float),
-        default=600.0,
-        metavar="SECONDS",
-        help="how long a call may take (default: 600)",
-    )
+    add("--batch-size", type=positive(int), default=32, metavar="N", help="documents a call")
+    add_server_options(parser)
     return parser
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type."""
-
-    def parsed(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-
-    parsed.__name__ = f"positive {kind.__name__}"
-    return parsed
 
 
 if __name__ == "__main__":

@@ -16,25 +16,30 @@ input is wrong; 130, interrupted. The file is written in the end and as a whole,
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sglang_ape.calibrate.backend import Backend
-    from sglang_ape.warm.propose import Rejected
+from sglang_ape.command import (
+    add_engine_options,
+    check_folder,
+    ended,
+    not_negative,
+    open_backend,
+    parse_with_flags,
+    positive,
+)
 
-API_KEY_VARIABLE = "SGLANG_API_KEY"
+if TYPE_CHECKING:
+    from sglang_ape.warm.propose import Rejected
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    args, flags = _arguments(sys.argv[1:] if argv is None else argv)
+    args, flags = parse_with_flags(_parser(), sys.argv[1:] if argv is None else argv)
     # Not before: --help needs none of it.
     from requests import RequestException
 
@@ -46,15 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _propose(args, flags)
     except (InputError, CorpusError, UnicodeDecodeError) as error:
-        return _ended(f"error: {error}", 2)
+        return ended(f"error: {error}", 2)
     except RequestException as error:
-        return _ended(f"error: no answer from {args.url}: {' '.join(str(error).split())}", 1)
+        return ended(f"error: no answer from {args.url}: {' '.join(str(error).split())}", 1)
     except (WarmFailure, ApeRequestError) as error:
-        return _ended(f"error: {error}", 1)
+        return ended(f"error: {error}", 1)
     except OSError as error:
-        return _ended(f"error: {error}", 2)
+        return ended(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return _ended("interrupted: no file was written", 130)
+        return ended("interrupted: no file was written", 130)
     print(f"time        {time.monotonic() - started:.1f} s")
     return 0
 
@@ -74,9 +79,9 @@ def _propose(args: argparse.Namespace, flags: Sequence[str]) -> None:
     from sglang_ape.warm.propose import Proposer, Settings
 
     corpus = _corpus(args.data, args.text_field)
-    _check_folder(args.out)
+    check_folder(args.out)
     settings = Settings(args.items, args.shown, args.tries, args.temperature, args.seed)
-    backend = _backend(args, flags)
+    backend = open_backend(args, flags)
     try:
         proposer = Proposer(backend, corpus, settings)
         found = proposer.run()
@@ -113,42 +118,6 @@ def _counted(rejected: Sequence[Rejected]) -> str:
     return f"{len(rejected)} ({listed})" if rejected else "0"
 
 
-def _backend(args: argparse.Namespace, flags: Sequence[str]) -> Backend:
-    from sglang_ape.calibrate.backend import InProcess, Server
-
-    if args.model is not None:
-        print(f"starting {args.model}", file=sys.stderr, flush=True)
-        return InProcess(args.model, flags)
-    api_key = args.api_key or os.environ.get(API_KEY_VARIABLE) or None
-    return Server(args.url, api_key, args.timeout, args.tokenizer)
-
-
-def _check_folder(path: Path) -> None:
-    """Fail before the work, not after it."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.absolute().parent}")
-
-
-def _ended(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
-    return status
-
-
-def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and what stands behind ``--``."""
-    at = argv.index("--") if "--" in argv else len(argv)
-    parser = _parser()
-    args = parser.parse_args(argv[:at])
-    flags = list(argv[at + 1 :])
-    if flags and args.model is None:
-        parser.error("server flags after -- go with --model")
-    if args.model is not None and (args.tokenizer or args.api_key):
-        parser.error("--tokenizer and --api-key go with --url")
-    return args, flags
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_ape.warm",
@@ -156,12 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s (--url URL | --model MODEL) --data FILE [options] [-- FLAGS]",
     )
+    add_engine_options(parser)
     add = parser.add_argument
-    engine = parser.add_mutually_exclusive_group(required=True)
-    engine.add_argument("--url", help="a running server, with --enable-ape")
-    engine.add_argument(
-        "--model", help="path or name of a model to start here; SGLang's flags for it go after --"
-    )
     add("--data", type=Path, required=True, metavar="FILE", help="the corpus, in JSON lines")
     add("--text-field", default="text", metavar="NAME", help="field of a text (default: text)")
     add(
@@ -171,65 +136,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the items (default: %(default)s)",
     )
-    add("--items", type=_positive(int), default=2, metavar="N", help="(default: %(default)s)")
+    add("--items", type=positive(int), default=2, metavar="N", help="(default: %(default)s)")
     add(
         "--shown",
-        type=_positive(int),
+        type=positive(int),
         default=3,
         metavar="N",
         help="contexts that the model sees each time (default: %(default)s)",
     )
     add(
         "--tries",
-        type=_positive(int),
+        type=positive(int),
         default=8,
         metavar="N",
         help="for each item (default: %(default)s)",
     )
     add(
         "--temperature",
-        type=_not_negative,
+        type=not_negative,
         default=0.8,
         metavar="X",
         help="of sampling; 0: greedy, and the same items again (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of the choice of contexts (default: %(default)s)")
-    add("--tokenizer", metavar="PATH", help="with --url (default: what the server names)")
-    add(
-        "--api-key",
-        metavar="KEY",
-        help=f"of the server (default: ${API_KEY_VARIABLE}, which other users of the machine do "
-        "not see)",
-    )
-    add(
-        "--timeout",
-        type=_positive(float),
-        default=600.0,
-        metavar="SECONDS",
-        help="how long a call may take (default: 600)",
-    )
     return parser
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type."""
-
-    def parsed(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-
-    parsed.__name__ = f"positive {kind.__name__}"
-    return parsed
-
-
-def _not_negative(text: str) -> float:
-    """An argparse type."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return value
 
 
 if __name__ == "__main__":

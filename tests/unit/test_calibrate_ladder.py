@@ -215,7 +215,7 @@ class Command:
         self.warm = folder / "warm.jsonl"
         self.warm.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
         self._capsys = capsys
-        monkeypatch.setattr(command, "_backend", lambda args, flags: self.engine)
+        monkeypatch.setattr(command, "open_backend", lambda args, flags: self.engine)
         self.write(
             *({"contexts": ["ab", f"c{i}"], "query": "q", "answers": ["label"]} for i in range(6))
         )

@@ -258,7 +258,7 @@ class Command:
         self.path = folder / "rows.jsonl"
         self.profile = folder / "profile.json"
         self._capsys = capsys
-        monkeypatch.setattr(command, "_backend", lambda args, flags: self.engine)
+        monkeypatch.setattr(command, "open_backend", lambda args, flags: self.engine)
         self.write(*({"contexts": ["ab", f"c{i}"], "query": "q"} for i in range(6)))
 
     def write(self, *rows: Any) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from sglang_ape.command import API_KEY_VARIABLE
 from sglang_ape.errors import ApeRequestError
-from sglang_ape.preload.__main__ import API_KEY_VARIABLE, main
+from sglang_ape.preload.__main__ import main
 from sglang_ape.preload.documents import InputError
 from sglang_ape.preload.id_file import IdFile, Record
 from sglang_ape.preload.run import Preload

@@ -313,7 +313,7 @@ class Command:
         self.out = folder / "warm.jsonl"
         self._capsys = capsys
         self.corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS))
-        monkeypatch.setattr(command, "_backend", lambda args, flags: self.model)
+        monkeypatch.setattr(command, "open_backend", lambda args, flags: self.model)
 
     def __call__(self, *options: str, status: int = 0) -> str:
         argv = ["--url", "http://nowhere", "--data", str(self.corpus), "--out", str(self.out)]
