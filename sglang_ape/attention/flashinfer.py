@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -343,9 +344,10 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
             out, lse = out
             logits_scale = layer.scaling * (layer.k_scale_float or 1.0)
             for measured, slots, indptr in self._probes:
+                given = dict(k_cache=kv_cache[0], indices=slots, indptr=indptr)
+                of_contexts = partial(context_lse, **given, sm_scale=logits_scale)
                 rows = measured.rows
-                lses = context_lse(q[rows], kv_cache[0], slots, indptr, logits_scale)
-                measured.add(layer.layer_id, lse[rows], lses)
+                measured.add(layer.layer_id, q[rows], lse[rows], of_contexts, len(indptr) - 1)
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
     def _warm_up(self, measures: bool) -> None:

@@ -28,6 +28,9 @@ LEAST = 1e-12
 
 MOST_FINISHED = 4096
 
+MOST_SHARES = 1 << 24
+"""Computed at once; as fp32, a few times 64 MB."""
+
 
 def shares(lse: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
     """The softmax weight of each context.
@@ -101,11 +104,33 @@ class Measured(NamedTuple):
     rows: slice  # of the batch's new tokens
     queries: tuple[tuple[int, slice], ...]  # 0 for Q, 1 for the null query; parts of ``rows``
 
-    def add(self, layer: int, lse: torch.Tensor, lses: torch.Tensor) -> None:
-        """Add a layer; ``lse`` and ``lses`` of these rows, as :func:`shares` takes them."""
-        weights = shares(lse, lses)
-        for which, part in self.queries:
-            self.mass.add(layer, which, weights[part])
+    def add(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        lse: torch.Tensor,
+        of_contexts: Callable[[torch.Tensor], torch.Tensor],
+        contexts: int,
+    ) -> None:
+        """Add a layer.
+
+        Args:
+            layer: which one.
+            q: (``rows``, num_qo_heads, head_dim), the queries of these rows.
+            lse: (``rows``, num_qo_heads), see :func:`shares`.
+            of_contexts: log-sum-exps of some rows of ``q``, see :func:`shares`; not called for so
+                many at once that they would take much memory beside the pool.
+            contexts: their number.
+        """
+        rows, heads, _ = q.shape
+        step = max(MOST_SHARES // (heads * contexts), 1)
+        for first in range(0, rows, step):
+            block = slice(first, min(first + step, rows))
+            weights = shares(lse[block], of_contexts(q[block]))
+            for which, own in self.queries:
+                begin, end = max(own.start, block.start), min(own.stop, block.stop)
+                if begin < end:
+                    self.mass.add(layer, which, weights[begin - first : end - first])
 
 
 def measured_rows(

@@ -5,6 +5,7 @@ Source: ``layers/attention/torch_native_backend.py`` of SGLang 0.5.17.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -109,9 +110,11 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
             out[rows] = state
             lses.append(lse)
         if work.measured is not None:
-            own = q[work.measured.rows]
-            of_contexts = context_lse(own, keys, work.context_slots, work.context_indptr, scale)
-            work.measured.add(layer.layer_id, torch.cat(lses)[-len(own) :], of_contexts)
+            given = dict(indices=work.context_slots, indptr=work.context_indptr, sm_scale=scale)
+            of_contexts = partial(context_lse, k_cache=keys, **given)
+            own, contexts = q[work.measured.rows], len(spec.context_lens)
+            own_lse = torch.cat(lses)[-len(own) :]
+            work.measured.add(layer.layer_id, own, own_lse, of_contexts, contexts)
         if work.query_rows is None:
             return
         # The query's path is the last one: ``state`` and ``lse`` are its own, still in fp32.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_ape.attention import mass as mass_module
 from sglang_ape.attention.batch import ApeBatch
 from sglang_ape.attention.flashinfer import ApeFlashInferBackend
 from sglang_ape.attention.mass import LEAST, AttentionMass, finished
@@ -126,9 +127,13 @@ def through_flashinfer(rows: Rows, batch: ApeBatch, start: int, stop: int) -> No
         backend._attend(cascade, q, None, None, layer_of(layer), given, False)
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 1 << 24])
 @pytest.mark.parametrize("through", [through_torch_native, through_flashinfer])
 @pytest.mark.parametrize("cuts", [(), (8,), (SPEC.context_end,), (10, 21, 26)])
-def test_scores_are_those_of_the_formula(through: Any, cuts: tuple[int, ...]) -> None:
+def test_scores_are_those_of_the_formula(
+    through: Any, cuts: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mass_module, "MOST_SHARES", at_once * HEADS * len(SPEC.context_lens))
     rows, mass = Rows(), AttentionMass(SPEC.query_len, SPEC.null_len)
     batch = ApeBatch([OTHER, SPEC], [None, None], [], [None, mass])
     for start, stop in pairwise((0, *cuts, SPEC.row_len)):
