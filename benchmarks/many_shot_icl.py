@@ -52,6 +52,7 @@ SHOTS, QUICK_SHOTS = [0, 8, 64, 256], [0, 8, 24]
 PER_CONTEXT, QUICK_PER_CONTEXT = 8, 4
 QUICK_QUESTIONS = 16
 LABEL_TOKENS = 24
+LEAD = "Label:"
 SOLUTION_TOKENS = 320
 
 
@@ -64,7 +65,12 @@ def shown(example: Example, labels: Sequence[str]) -> str:
 
 def asked(example: Example, labels: Sequence[str]) -> str:
     """The same without its answer: what the model goes on from."""
-    return f"Text: {example.text}\nLabel:" if labels else f"Problem: {example.text}\nSolution:"
+    return f"Text: {example.text}\n{LEAD}" if labels else f"Problem: {example.text}\nSolution:"
+
+
+def label_of(answer: str) -> str:
+    """The label in an answer; a chat model likes to repeat what the question ends with."""
+    return first_line(answer).removeprefix(LEAD).strip()
 
 
 def instruction(labels: Sequence[str]) -> str:
@@ -86,7 +92,7 @@ def task(data: Examples, chat: bool) -> Task:
     if data.labels:
         stop = [] if chat else ["\n"]
         sampling = {"max_new_tokens": LABEL_TOKENS, "stop": stop}
-        return Task({"exact match": exact_match}, first_line, sampling)
+        return Task({"exact match": exact_match}, label_of, sampling)
     sampling = {"max_new_tokens": SOLUTION_TOKENS, "stop": [] if chat else ["Problem:"]}
     return Task({"last number": same_number}, str.strip, sampling)
 

@@ -11,6 +11,7 @@ from benchmarks.common.scores import (
     same_number,
     sub_span_match,
 )
+from benchmarks.many_shot_icl import label_of
 
 
 @pytest.mark.parametrize(
@@ -96,3 +97,16 @@ def test_is_number(text: str, is_one: bool) -> None:
 )
 def test_first_line(text: str, line: str) -> None:
     assert first_line(text) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("Label: card arrival\n\nText: more", "card arrival"),
+        (" card arrival", "card arrival"),
+        ("Labels: two", "Labels: two"),
+        ("", ""),
+    ],
+)
+def test_a_label_may_be_led_in_as_the_question_ends(text: str, label: str) -> None:
+    assert label_of(text) == label
