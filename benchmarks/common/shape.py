@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 
 class Shape(NamedTuple):
     """A Llama model."""
@@ -69,6 +66,10 @@ def write_tokenizer(folder: Path) -> None:
     """Write a tokenizer of single bytes beside a config, for engines that need one though all
     prompts are token ids.
     """
+    # Not before: most who need a shape need no tokenizer.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -9,6 +9,7 @@ count of cached tokens, and a surprise becomes a warning in the record.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Sequence
 
 from benchmarks.gpu_speed.client import NO_RUNG, Client, Rung
@@ -21,7 +22,7 @@ from benchmarks.gpu_speed.timing import (
     span,
     summarise,
 )
-from sglang_ape.scoring.probe import NULL_TEXT, TAIL
+from sglang_ape.scoring.probe import NULL_TEXT, null_query
 
 TTFT_WARM_UP = 2  # dropped repeats
 PLAIN_WARM_UP = 2
@@ -182,7 +183,8 @@ class Sections:
     def _scored_tokens(self) -> int:
         ladder = self._scale.ladder
         if self._by_attention:  # the tokenizer knows bytes alone
-            return ladder.query + len(NULL_TEXT) + min(TAIL, ladder.query // 2)
+            query = array("q", range(ladder.query))
+            return len(query) + len(null_query(array("q", map(ord, NULL_TEXT)), query))
         # A copy of the query begins with the last token of its context.
         return ladder.contexts * (ladder.query + 1)
 

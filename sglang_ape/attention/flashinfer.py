@@ -347,7 +347,7 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
                 given = dict(k_cache=kv_cache[0], indices=slots, indptr=indptr)
                 of_contexts = partial(context_lse, **given, sm_scale=logits_scale)
                 rows = measured.rows
-                measured.add(layer.layer_id, q[rows], lse[rows], of_contexts, len(indptr) - 1)
+                measured.add(layer.layer_id, q[rows], lse[rows], of_contexts)
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
     def _warm_up(self, measures: bool) -> None:

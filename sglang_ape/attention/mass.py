@@ -103,6 +103,7 @@ class Measured(NamedTuple):
     mass: AttentionMass
     rows: slice  # of the batch's new tokens
     queries: tuple[tuple[int, slice], ...]  # 0 for Q, 1 for the null query; parts of ``rows``
+    contexts: int
 
     def add(
         self,
@@ -110,7 +111,6 @@ class Measured(NamedTuple):
         q: torch.Tensor,
         lse: torch.Tensor,
         of_contexts: Callable[[torch.Tensor], torch.Tensor],
-        contexts: int,
     ) -> None:
         """Add a layer.
 
@@ -120,10 +120,9 @@ class Measured(NamedTuple):
             lse: (``rows``, num_qo_heads), see :func:`shares`.
             of_contexts: log-sum-exps of some rows of ``q``, see :func:`shares`; not called for so
                 many at once that they would take much memory beside the pool.
-            contexts: their number.
         """
         rows, heads, _ = q.shape
-        step = max(MOST_SHARES // (heads * contexts), 1)
+        step = max(MOST_SHARES // (heads * self.contexts), 1)
         for first in range(0, rows, step):
             block = slice(first, min(first + step, rows))
             weights = shares(lse[block], of_contexts(q[block]))
@@ -157,7 +156,8 @@ def measured_rows(
         (which, slice(begin - first, end - first))
         for which, begin, end in spec.queries(first, stop)
     )
-    return Measured(mass, slice(first - start + offset, stop - start + offset), queries)
+    rows = slice(first - start + offset, stop - start + offset)
+    return Measured(mass, rows, queries, len(spec.context_lens))
 
 
 class Finished:

@@ -32,7 +32,6 @@ class _Work(NamedTuple):
     paths: list[_PathWork]
     query_rows: slice | None
     context_slots: torch.Tensor | None
-    context_indptr: torch.Tensor | None = None  # (contexts + 1,) int32, into ``context_slots``
     bias: torch.Tensor | None = None  # (slots,) fp32, natural log; None for 0
     measured: Measured | None = None
 
@@ -110,11 +109,12 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
             out[rows] = state
             lses.append(lse)
         if work.measured is not None:
-            given = dict(indices=work.context_slots, indptr=work.context_indptr, sm_scale=scale)
+            indptr = torch.from_numpy(spec.context_indptr)
+            given = dict(indices=work.context_slots, indptr=indptr, sm_scale=scale)
             of_contexts = partial(context_lse, k_cache=keys, **given)
-            own, contexts = q[work.measured.rows], len(spec.context_lens)
+            own = q[work.measured.rows]
             own_lse = torch.cat(lses)[-len(own) :]
-            work.measured.add(layer.layer_id, own, own_lse, of_contexts, contexts)
+            work.measured.add(layer.layer_id, own, own_lse, of_contexts)
         if work.query_rows is None:
             return
         # The query's path is the last one: ``state`` and ``lse`` are its own, still in fp32.
@@ -179,7 +179,6 @@ def _request_work(
         paths=paths,
         query_rows=tokens(plan.query_rows) if plan.query_rows else None,
         context_slots=row[plan.contexts[0] : plan.contexts[1]],
-        context_indptr=torch.from_numpy(spec.context_indptr),
         bias=_bias_of_slots(spec, row.device),
     )
 
