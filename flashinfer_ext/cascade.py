@@ -257,9 +257,13 @@ class ApeCascadeAttentionWrapper:
         scales = _Scales(
             self._sm_scale if sm_scale is None else sm_scale, 1.0 if k_scale is None else k_scale
         )
+        v_scale = 1.0 if v_scale is None else v_scale
+        if self._contexts_rows is None and not self._has_contexts:
+            s_path = self._run_path_alone(q, paged_kv_cache, scales, v_scale, out)
+            return (out, s_path) if return_lse else out
         v_path, s_path, v, s = self._run_levels(q, paged_kv_cache, scales, out)
         lse = torch.empty_like(s_path) if return_lse else None
-        to = self._exponents, out, lse, 1.0 if v_scale is None else v_scale
+        to = self._exponents, out, lse, v_scale
         if self._contexts_rows is None:
             launch_merge(v_path, s_path, v, s, *to)
         else:
@@ -406,6 +410,21 @@ class ApeCascadeAttentionWrapper:
             **self._plan_arguments,
         )
 
+    def _run_path_alone(
+        self,
+        q: torch.Tensor,
+        kv_cache: Any,
+        scales: _Scales,
+        v_scale: float,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """No row has contexts: there is nothing to merge."""
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        v, lse = self._run_path(q, kv_cache, scales, out, lse)
+        if v is not out or v_scale != 1.0:
+            torch.mul(v, v_scale, out=out)
+        return lse
+
     def _run_levels(
         self, q: torch.Tensor, kv_cache: Any, scales: _Scales, out: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
@@ -434,8 +453,6 @@ class ApeCascadeAttentionWrapper:
             assert self._rectangles is not None
             logits_scale = scales.sm_scale * scales.k_scale
             return self._rectangles.run(q, kv_cache, self._indices, logits_scale)
-        if not self._has_contexts:
-            return q, q.new_full(q.shape[:2], -math.inf, dtype=torch.float32)
         if self._module is None:
             # The stock kernel has one softmax scale for all rows. Queries that are divided by T
             # instead are rounded once more to their own dtype.

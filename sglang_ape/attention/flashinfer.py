@@ -196,9 +196,9 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
     ) -> list[_Probe]:
         """The requests of a prefill batch whose attention is measured in it."""
         probes, offset = [], 0
-        rows = zip(forward_batch.rids, batch.specs, batch.masses, starts, stops, strict=True)
-        for i, (rid, spec, mass, start, stop) in enumerate(rows):
-            measured = measured_rows(rid, spec, mass, start, stop, offset)
+        rows = zip(forward_batch.rids, batch.specs, starts, stops, strict=True)
+        for i, (rid, spec, start, stop) in enumerate(rows):
+            measured = measured_rows(rid, spec, batch.masses, i, start, stop, offset)
             offset += stop - start
             if measured is None or spec is None:
                 continue

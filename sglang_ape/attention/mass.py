@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -29,15 +29,19 @@ LEAST = 1e-12
 MOST_FINISHED = 4096
 
 MOST_SHARES = 1 << 24
-"""Computed at once; as fp32, a few times 64 MB."""
+"""Held back in a pass and then computed at once; as fp32, a few times 64 MB."""
+
+
+Queries: TypeAlias = tuple[tuple[int, slice], ...]
+"""Parts of some rows: 0 with those of Q, 1 with those of the null query."""
 
 
 def shares(lse: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
     """The softmax weight of each context.
 
     Args:
-        lse: (rows, num_qo_heads), fp32, base 2: of what else the rows attend to.
-        lses: (rows, num_qo_heads, contexts), likewise: of each context.
+        lse: (..., rows, num_qo_heads), fp32, base 2: of what else the rows attend to.
+        lses: (..., rows, num_qo_heads, contexts), likewise: of each context.
 
     Returns:
         As ``lses``.
@@ -49,6 +53,9 @@ def shares(lse: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
 class AttentionMass:
     """Collects the shares of one request layer by layer, over as many passes as its rows take.
 
+    Log-sum-exps are held back until there are many, because on a GPU an operation on those of one
+    layer takes longer to launch than to run.
+
     Args:
         query_rows: of Q.
         null_rows: of the null query.
@@ -56,32 +63,52 @@ class AttentionMass:
 
     def __init__(self, query_rows: int, null_rows: int) -> None:
         self._rows = (query_rows, null_rows)
-        self._sums: dict[int, list[torch.Tensor]] = {}  # by layer: of Q and of the null query
+        self._held: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # layer, lse, lses
+        self._held_queries: Queries = ()  # the same for all that is held
+        self._sums: tuple[dict[int, torch.Tensor], ...] = ({}, {})  # of each query, by layer
         self._squares: torch.Tensor | None = None
         self._heads = 0
 
-    def add(self, layer: int, which: int, shares: torch.Tensor) -> None:
-        """Add rows of Q (0) or of the null query (1).
+    def add(
+        self, layer: int, lse: torch.Tensor, lses: torch.Tensor, queries: Queries, most: int
+    ) -> None:
+        """Add rows of a layer.
 
         Args:
             layer: whose they are.
-            which: of the two.
-            shares: (rows, heads, contexts), fp32.
+            lse: (rows, heads), see :func:`shares`.
+            lses: (rows, heads, contexts), likewise.
+            queries: which of the rows are whose.
+            most: shares that may be held back.
         """
-        summed = shares.sum(0)
-        if layer not in self._sums:
-            self._sums[layer] = [torch.zeros_like(summed) for _ in self._rows]
-        self._sums[layer][which] += summed
+        if queries != self._held_queries or (len(self._held) + 1) * lses.numel() > most:
+            self._add_held()
+        self._held_queries = queries
+        self._held.append((layer, lse, lses))
+
+    def _add_held(self) -> None:
+        if not self._held:
+            return
+        layers, lse, lses = zip(*self._held, strict=True)
+        self._held.clear()
+        weights = shares(torch.stack(lse), torch.stack(lses))
+        for which, rows in self._held_queries:
+            sums = self._sums[which]
+            for layer, summed in zip(layers, weights[:, rows].sum(1), strict=True):
+                sums[layer] = sums[layer] + summed if layer in sums else summed
 
     def close(self) -> None:
         """All rows of all layers were added: keep a number for each context, not for each head."""
         if self._squares is not None:
             return
-        by_query = zip(*self._sums.values(), strict=True)
-        query, null = (torch.stack(a) / n for a, n in zip(by_query, self._rows, strict=True))
+        self._add_held()
+        query, null = (
+            torch.stack([sums[layer] for layer in self._sums[0]]) / rows
+            for sums, rows in zip(self._sums, self._rows, strict=True)
+        )
         self._squares = (query - null).clamp_min(0).square().sum((0, 1))
         self._heads = query.shape[0] * query.shape[1]
-        self._sums.clear()
+        self._sums = ({}, {})
 
     def scores(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> list[float]:
         """The scores of the contexts, in the order of the row.
@@ -102,8 +129,9 @@ class Measured(NamedTuple):
 
     mass: AttentionMass
     rows: slice  # of the batch's new tokens
-    queries: tuple[tuple[int, slice], ...]  # 0 for Q, 1 for the null query; parts of ``rows``
+    queries: Queries  # parts of ``rows``
     contexts: int
+    most: int  # shares that it may hold back
 
     def add(
         self,
@@ -122,29 +150,42 @@ class Measured(NamedTuple):
                 many at once that they would take much memory beside the pool.
         """
         rows, heads, _ = q.shape
-        step = max(MOST_SHARES // (heads * self.contexts), 1)
+        step = max(self.most // (heads * self.contexts), 1)
         for first in range(0, rows, step):
             block = slice(first, min(first + step, rows))
-            weights = shares(lse[block], of_contexts(q[block]))
-            for which, own in self.queries:
-                begin, end = max(own.start, block.start), min(own.stop, block.stop)
-                if begin < end:
-                    self.mass.add(layer, which, weights[begin - first : end - first])
+            queries = tuple(_overlaps(self.queries, block))
+            self.mass.add(layer, lse[block], of_contexts(q[block]), queries, self.most)
+
+
+def _overlaps(queries: Queries, block: slice) -> Iterator[tuple[int, slice]]:
+    """The parts of queries that lie in a block of rows, counted from its first row."""
+    for which, own in queries:
+        begin, end = max(own.start, block.start), min(own.stop, block.stop)
+        if begin < end:
+            yield which, slice(begin - block.start, end - block.start)
 
 
 def measured_rows(
-    rid: str, spec: ApeSpec | None, mass: AttentionMass | None, start: int, stop: int, offset: int
+    rid: str,
+    spec: ApeSpec | None,
+    masses: Sequence[AttentionMass | None],
+    i: int,
+    start: int,
+    stop: int,
+    offset: int,
 ) -> Measured | None:
     """What a pass measures of a request; of one that it ends, the scores can be taken after it.
 
     Args:
         rid: of the request.
         spec: of the request.
-        mass: what is collected of it; None if nothing is.
+        masses: what is collected of each request of the batch; None if nothing is.
+        i: the request among them.
         start: its first new row.
         stop: behind its last one.
         offset: of its first new row among the batch's.
     """
+    mass = masses[i] if masses else None
     if mass is None or not isinstance(spec, ProbeSpec):
         return None
     first = max(start, spec.context_end)
@@ -157,7 +198,8 @@ def measured_rows(
         for which, begin, end in spec.queries(first, stop)
     )
     rows = slice(first - start + offset, stop - start + offset)
-    return Measured(mass, rows, queries, len(spec.context_lens))
+    most = MOST_SHARES // sum(one is not None for one in masses)
+    return Measured(mass, rows, queries, len(spec.context_lens), most)
 
 
 class Finished:

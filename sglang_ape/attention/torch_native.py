@@ -73,11 +73,10 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
         work, offset = [], 0
         table = self.req_to_token_pool.req_to_token
         indices = forward_batch.req_pool_indices.tolist()
-        masses = batch.masses or [None] * len(stops)
         for i, (spec, stop, length) in enumerate(zip(batch.specs, stops, lens, strict=True)):
             start = stop - length
             rid = forward_batch.rids[i]
-            measured = measured_rows(rid, spec, masses[i], start, stop, offset)
+            measured = measured_rows(rid, spec, batch.masses, i, start, stop, offset)
             of_request = _request_work(table[indices[i]], spec, start, stop, offset)
             work.append(of_request._replace(measured=measured))
             offset += length

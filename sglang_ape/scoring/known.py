@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from sglang_ape.entry.call import Ids
 from sglang_ape.store.contexts import digest_of
@@ -52,3 +53,8 @@ def score_key(whose: tuple[str | None, ...], prefix: Ids, context: Ids, query: I
     for part in (prefix, context, query):
         whole.update(digest_of(part))
     return whole.digest()
+
+
+def digest_of_set(contexts: Iterable[Ids]) -> str:
+    """Of contexts in any order; short, because it goes into the key of each of them."""
+    return hashlib.sha256(b"".join(sorted(map(digest_of, contexts)))).hexdigest()

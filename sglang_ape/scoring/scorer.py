@@ -15,12 +15,12 @@ from sglang_ape.concurrency import gather_or_cancel
 from sglang_ape.entry.call import Ids
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
-from sglang_ape.scoring.known import KnownScores, score_key
+from sglang_ape.scoring.known import KnownScores, digest_of_set, score_key
 from sglang_ape.scoring.probe import probe_row
 from sglang_ape.scoring.question import Question, Scores
 from sglang_ape.scoring.rows import Room, ScoreRow, likelihoods, score_rows
 from sglang_ape.spec import ScoreSpec
-from sglang_ape.store.contexts import Tenant, digest_of
+from sglang_ape.store.contexts import Tenant
 
 COPY_TOKENS = 4096
 """Tokens of all copies in one scoring request. More would make its row longer without need; fewer
@@ -111,7 +111,7 @@ class Scorer:
             adapter = loaded.lora_id if loaded is not None else uuid.uuid4().hex
         whose: tuple[str | None, ...] = (adapter, extra_key)
         if self._attention is not None:  # how much attention is left for one depends on the others
-            whose += tuple(sorted(digest_of(c).hex() for c in question.contexts))
+            whose += (digest_of_set(question.contexts),)
         return [score_key(whose, question.prefix, c, question.query) for c in question.contexts]
 
     def _rows(self, question: Question, wanted: Sequence[int]) -> Iterator[ScoreRow]:

@@ -463,10 +463,14 @@ def test_a_float8_cache_with_scales_equals_the_formula(
 
 
 @BATCHES
+@pytest.mark.parametrize("has_contexts", [True, False])
 def test_scales_of_a_cache_in_bf16_are_taken_too(
-    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+    workspace: torch.Tensor,
+    groups: tuple[Sequence[Contexts], Sequence[Path]],
+    has_contexts: bool,
 ) -> None:
     batch = make_batch(Shape(), *groups)
+    batch = batch if has_contexts else without_contexts(batch)
     scales = {"k_scale": 0.6, "v_scale": 2.5}
     assert_equals(batch, attention(workspace, batch, **scales), expected_of(batch, **scales))
 
@@ -1149,6 +1153,15 @@ def test_the_stock_kernel_serves_many_temperatures_with_rounded_queries(
     batch = make_batch(Shape(), mixed, paths)
     out, _ = attention(workspace, batch, **scales)
     assert error(out, expected_of(batch, **scales).out) <= QUERIES_IN_BF16
+
+
+@pytest.mark.usefixtures("stock_kernel")
+@BATCHES
+def test_the_stock_kernel_serves_rows_without_contexts(
+    workspace: torch.Tensor, groups: tuple[Sequence[Contexts], Sequence[Path]]
+) -> None:
+    batch = without_contexts(make_batch(Shape(), *groups))
+    assert_equals(batch, attention(workspace, batch), expected_of(batch))
 
 
 @pytest.mark.usefixtures("stock_kernel")

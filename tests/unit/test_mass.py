@@ -19,6 +19,7 @@ from sglang_ape.attention.mass import (
     LEAST,
     AttentionMass,
     Finished,
+    Queries,
     finished,
     measured_rows,
     shares,
@@ -49,30 +50,50 @@ def test_shares_are_the_softmax_weights_of_the_contexts_tokens(lens: list[int], 
             assert torch.allclose(found[row, head], expected, atol=1e-5)
 
 
-def _shares(rows: int, seed: int) -> torch.Tensor:
+BOTH = ((0, slice(0, 4)), (1, slice(4, 6)))  # four rows of Q, two of the null query
+
+
+def _logs(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     drawn = torch.Generator().manual_seed(seed)
-    return torch.rand(rows, HEADS, 4, generator=drawn)
+    lse = torch.randn(rows, HEADS, generator=drawn)
+    return lse, torch.randn(rows, HEADS, 4, generator=drawn)
 
 
-@pytest.mark.parametrize("cuts", [(), (1,), (2, 3)])
-def test_scores_do_not_depend_on_how_the_rows_were_cut(cuts: tuple[int, ...]) -> None:
-    layers = {layer: (_shares(4, layer), _shares(2, 50 + layer)) for layer in (0, 1, 7)}
+def _cut(start: int, stop: int) -> Queries:
+    """Parts of rows ``start`` to ``stop`` of both queries."""
+    bounds = ((which, max(own.start, start), min(own.stop, stop)) for which, own in BOTH)
+    return tuple((which, slice(a - start, b - start)) for which, a, b in bounds if a < b)
+
+
+@pytest.mark.parametrize("most", [1, 5 * HEADS * 4, 1 << 24])
+@pytest.mark.parametrize("cuts", [(), (1,), (2, 3), (4,), (5,)])
+def test_scores_do_not_depend_on_how_the_rows_were_cut_or_held(
+    cuts: tuple[int, ...], most: int
+) -> None:
+    layers = {layer: _logs(6, layer) for layer in (0, 1, 7)}
     mass = AttentionMass(4, 2)
-    for start, stop in pairwise((0, *cuts, 4)):
-        for layer, (query, _) in layers.items():
-            mass.add(layer, 0, query[start:stop])
-    for layer, (_, null) in layers.items():
-        mass.add(layer, 1, null)
-    above = torch.stack([q.mean(0) - n.mean(0) for q, n in layers.values()]).clamp(min=0)
+    for start, stop in pairwise((0, *cuts, 6)):
+        for layer, (lse, lses) in layers.items():
+            mass.add(layer, lse[start:stop], lses[start:stop], _cut(start, stop), most)
+    weights = torch.stack([shares(*logs) for logs in layers.values()])
+    above = (weights[:, :4].mean(1) - weights[:, 4:].mean(1)).clamp(min=0)
     expected = (above.square().mean((0, 1)) + LEAST).log()
     assert mass.scores() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_no_more_is_held_back_than_may_be() -> None:
+    mass = AttentionMass(4, 2)
+    for layer in range(9):
+        mass.add(layer, *_logs(6, layer), BOTH, 3 * 6 * HEADS * 4)
+        assert len(mass._held) == layer % 3 + 1
 
 
 def _mass(query: Sequence[float], null: Sequence[float]) -> AttentionMass:
     """Of one row of each in one head of one layer."""
     mass = AttentionMass(1, 1)
-    for which, given_ in enumerate((query, null)):
-        mass.add(0, which, torch.tensor([[given_]]))
+    weights = torch.tensor([[query], [null]])
+    logs = (1 - weights.sum(-1)).log2(), weights.log2()
+    mass.add(0, *logs, ((0, slice(0, 1)), (1, slice(1, 2))), 100)
     return mass
 
 
@@ -135,12 +156,10 @@ def test_scores_are_taken_once_in_the_order_in_which_the_contexts_were_sent() ->
 
 
 def test_what_a_pass_completes_is_put_before_it_and_closed_before_the_next() -> None:
-    found, mass = Finished(), AttentionMass(1, 1)
+    found, mass = Finished(), _mass((0.1, 0.2), (0.0, 0.0))
     found.put("a", mass, (0, 1))
-    for which, given_ in enumerate(((0.1, 0.2), (0.0, 0.0))):
-        mass.add(0, which, torch.tensor([[given_]]))
     found.begin_pass()
-    assert not mass._sums, "one number for each context is kept"
+    assert not mass._held and mass._sums == ({}, {}), "one number for each context is kept"
     assert found.take("a") == pytest.approx([math.log(0.01), math.log(0.04)])
 
 
@@ -163,7 +182,7 @@ def test_every_row_of_both_queries_is_measured_once(
     ends = sorted({*(cut for cut in cuts if cut < spec.row_len), spec.row_len})
     for start, stop in pairwise([0, *ends]):
         assert finished.take("rid") is None, "no pass before the last one completes it"
-        measured = measured_rows("rid", spec, mass, start, stop, offset)
+        measured = measured_rows("rid", spec, [None, mass], 1, start, stop, offset)
         rows = list(range(start, stop))
         if measured is None:
             assert stop <= spec.context_end
@@ -176,12 +195,13 @@ def test_every_row_of_both_queries_is_measured_once(
         list(range(spec.context_end, middle)),
         list(range(middle, spec.row_len)),
     ]
-    mass.add(0, 0, torch.ones(1, 1, len(spec.context_lens)))
+    lse, lses = torch.zeros(2, 1), torch.zeros(2, 1, len(spec.context_lens))
+    mass.add(0, lse, lses, ((0, slice(0, 1)), (1, slice(1, 2))), 100)
     assert finished.take("rid") is not None
 
 
 def test_nothing_is_measured_of_other_requests() -> None:
     mass = AttentionMass(1, 1)
-    assert measured_rows("a", ApeSpec(1, (2,), 1, 1, ""), mass, 0, 5, 0) is None
-    assert measured_rows("a", None, None, 0, 5, 0) is None
-    assert measured_rows("a", ProbeSpec.of(1, (2,), 2, 1), None, 0, 6, 0) is None
+    assert measured_rows("a", ApeSpec(1, (2,), 1, 1, ""), [mass], 0, 0, 5, 0) is None
+    assert measured_rows("a", None, [None], 0, 0, 5, 0) is None
+    assert measured_rows("a", ProbeSpec.of(1, (2,), 2, 1), (), 0, 0, 6, 0) is None
