@@ -22,6 +22,7 @@ class Answer(NamedTuple):
     cached_tokens: int
     scored_tokens: int = 0
     refined_tokens: int = 0
+    scores: tuple[float, ...] = ()  # of the contexts, if they were scored
 
 
 class Client:
@@ -43,6 +44,7 @@ class Client:
             meta["cached_tokens"],
             spent.get("scored_tokens", 0),
             spent.get("refined_tokens", 0),
+            tuple(context["score"] for context in meta.get("contexts", ()) if "score" in context),
         )
 
     def stream(

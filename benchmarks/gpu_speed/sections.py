@@ -172,6 +172,8 @@ class Sections:
         expected = self._scored_tokens() if rung else 0
         if answer.scored_tokens != expected:
             self._record.warn(f"{figure}: {answer.scored_tokens} tokens scored, not {expected}")
+        if rung and len(set(answer.scores)) < 2:
+            self._record.warn(f"{figure}: all contexts have one score, there is nothing to bias")
         if "refine" not in rung:
             self._check_hit(figure, answer.cached_tokens, documents)
         elif not 0 < answer.refined_tokens <= ladder.refine * self._scale.context:

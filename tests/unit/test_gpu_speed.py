@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.common.shape import LLAMA_8B, TINY, write_config
 from benchmarks.gpu_speed.__main__ import parse
@@ -177,7 +178,9 @@ class ScoringEngine:
         refined = sum(lengths[: ape.get("refine", 0)])
         usage = {"scored_tokens": scored, "refined_tokens": refined}
         tokens = call["sampling_params"]["max_new_tokens"]
-        return {"meta_info": {"cached_tokens": cached, "completion_tokens": tokens, "ape": usage}}
+        meta = {"cached_tokens": cached, "completion_tokens": tokens, "ape": usage}
+        scores = [{"id": str(i), "score": float(-i)} for i in range(len(lengths))] if rung else []
+        return {"meta_info": meta | {"contexts": scores}}
 
     async def async_generate(self, stream: bool, **call: Any) -> Any:
         last = self.generate(**call)["meta_info"]
@@ -216,6 +219,8 @@ def test_the_ladder_says_when_its_requests_were_not_what_they_should_be(tmp_path
         def generate(self, **call: Any) -> dict[str, Any]:
             answer = super().generate(**call)
             answer["meta_info"]["ape"] = {"scored_tokens": 0, "refined_tokens": 0}
+            for context in answer["meta_info"]["contexts"]:
+                context["score"] = -1.0
             return answer
 
     engine, record = Unscored(), Record(tmp_path / "run.json", {"engine": "ape"})
@@ -225,6 +230,7 @@ def test_the_ladder_says_when_its_requests_were_not_what_they_should_be(tmp_path
     warnings = "\n".join(record.content["warnings"])
     assert "ladder/ttft/soft: 0 tokens scored, not 36" in warnings
     assert "ladder/ttft/refine: 0 tokens of contexts computed" in warnings
+    assert "ladder/ttft/soft: all contexts have one score" in warnings
 
 
 def test_the_ladder_knows_what_scoring_by_attention_computes(tmp_path: Path) -> None:
@@ -243,6 +249,23 @@ def test_the_ladder_knows_what_scoring_by_attention_computes(tmp_path: Path) -> 
         Sections(client, record, TINY_SCALE, 0, False, by_attention).ladder()
         engine.loop.close()
         assert bool(record.content["warnings"]) == (not by_attention)
+
+
+def test_made_up_matrices_keep_variances(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu_speed.weights import DummyModelLoader, MadeUpWeights  # imports SGLang
+
+    def load(_loader: Any, **_given: Any) -> torch.nn.Module:
+        model = torch.nn.ModuleDict({"proj": torch.nn.Linear(4096, 512, bias=False)})
+        model["norm"] = torch.nn.LayerNorm(4096, bias=False)
+        for weight in model.parameters():
+            torch.nn.init.uniform_(weight, -1e-3, 1e-3, torch.Generator().manual_seed(3))
+        return model
+
+    monkeypatch.setattr(DummyModelLoader, "load_model", load)
+    model: Any = MadeUpWeights.load_model(object.__new__(MadeUpWeights), model_config=None)
+    drawn = torch.randn(64, 4096, generator=torch.Generator().manual_seed(4))
+    assert model["proj"](drawn).std().item() == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(model["norm"].weight, torch.ones(4096))
 
 
 def test_the_ladder_is_not_for_stock_engines(tmp_path: Path) -> None:
