@@ -44,7 +44,7 @@ class Client:
             meta["cached_tokens"],
             spent.get("scored_tokens", 0),
             spent.get("refined_tokens", 0),
-            tuple(context["score"] for context in meta.get("contexts", ()) if "score" in context),
+            tuple(context["score"] for context in meta.get("contexts", ())),
         )
 
     def stream(

@@ -31,7 +31,6 @@ MOST_FINISHED = 4096
 MOST_SHARES = 1 << 24
 """Held back in a pass and then computed at once; as fp32, a few times 64 MB."""
 
-
 Queries: TypeAlias = tuple[tuple[int, slice], ...]
 """Parts of some rows: 0 with those of Q, 1 with those of the null query."""
 
