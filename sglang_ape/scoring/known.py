@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from sglang_ape.entry.call import Ids
 from sglang_ape.store.contexts import digest_of
@@ -47,14 +47,24 @@ class KnownScores:
         self._scores.clear()
 
 
-def score_key(whose: tuple[str | None, ...], prefix: Ids, context: Ids, query: Ids) -> bytes:
-    """All that the likelihood of a query after one context depends on, for one set of weights."""
-    whole = hashlib.sha256(repr(whose).encode())
-    for part in (prefix, context, query):
-        whole.update(digest_of(part))
-    return whole.digest()
+def score_keys(
+    whose: tuple[str | None, ...],
+    prefix: Ids,
+    contexts: Sequence[Ids],
+    query: Ids,
+    of_set: bool,
+) -> list[bytes]:
+    """All that the score of each context depends on, for one set of weights.
 
-
-def digest_of_set(contexts: Iterable[Ids]) -> str:
-    """Of contexts in any order; short, because it goes into the key of each of them."""
-    return hashlib.sha256(b"".join(sorted(map(digest_of, contexts)))).hexdigest()
+    Args:
+        whose: adapter and cache key.
+        prefix: P.
+        contexts: of the request.
+        query: Q.
+        of_set: whether a score depends on the other contexts too.
+    """
+    digests = [digest_of(context) for context in contexts]
+    shared = hashlib.sha256(repr(whose).encode())
+    for digest in (digest_of(prefix), digest_of(query), *(sorted(digests) if of_set else ())):
+        shared.update(digest)
+    return [hashlib.sha256(shared.digest() + digest).digest() for digest in digests]

@@ -15,7 +15,7 @@ from sglang_ape.concurrency import gather_or_cancel
 from sglang_ape.entry.call import Ids
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
-from sglang_ape.scoring.known import KnownScores, digest_of_set, score_key
+from sglang_ape.scoring.known import KnownScores, score_keys
 from sglang_ape.scoring.probe import probe_row
 from sglang_ape.scoring.question import Question, Scores
 from sglang_ape.scoring.rows import Room, ScoreRow, likelihoods, score_rows
@@ -109,10 +109,9 @@ class Scorer:
             loaded = self._manager.lora_registry.get_all_adapters().get(lora_path)
             # An adapter that is yet to be loaded has no id: no score is found under this name.
             adapter = loaded.lora_id if loaded is not None else uuid.uuid4().hex
-        whose: tuple[str | None, ...] = (adapter, extra_key)
-        if self._attention is not None:  # how much attention is left for one depends on the others
-            whose += (digest_of_set(question.contexts),)
-        return [score_key(whose, question.prefix, c, question.query) for c in question.contexts]
+        of_set = self._attention is not None  # how much is left for one depends on the others
+        given = question.prefix, question.contexts, question.query
+        return score_keys((adapter, extra_key), *given, of_set)
 
     def _rows(self, question: Question, wanted: Sequence[int]) -> Iterator[ScoreRow]:
         tokens = self._limits.room_beside(self._pinned_tokens())

@@ -16,7 +16,7 @@ from flashinfer_ext.reference import LOWEST_BIAS
 from sglang_ape.errors import ApeRequestError
 from sglang_ape.limits import Limits
 from sglang_ape.scoring.choice import biases, highest
-from sglang_ape.scoring.known import KnownScores, score_key
+from sglang_ape.scoring.known import KnownScores, score_keys
 from sglang_ape.scoring.probe import null_query, probe_row
 from sglang_ape.scoring.question import Question
 from sglang_ape.scoring.rows import Room, likelihoods, score_rows
@@ -144,7 +144,8 @@ def test_a_score_of_replaced_weights_is_not_kept() -> None:
     assert [known.get(key) for key in (b"old", b"late", b"new")] == [None, None, -2.0]
 
 
-def test_a_score_depends_on_everything_and_on_where_one_part_ends() -> None:
+@pytest.mark.parametrize("of_set", [False, True])
+def test_a_score_depends_on_everything_and_on_where_one_part_ends(of_set: bool) -> None:
     variants = [
         (("lora", None), [1], [2], [3]),
         ((None, "lora"), [1], [2], [3]),
@@ -154,8 +155,21 @@ def test_a_score_depends_on_everything_and_on_where_one_part_ends() -> None:
         ((None, None), [1], [2], [3, 3]),
         ((None, None), [], [1, 2], [3]),
     ]
-    keys = {score_key(whose, *map(ids, parts)) for whose, *parts in variants}
+    keys = {
+        score_keys(whose, ids(prefix), [ids(context)], ids(query), of_set)[0]
+        for whose, prefix, context, query in variants
+    }
     assert len(keys) == len(variants)
+
+
+def test_a_score_may_depend_on_the_other_contexts_but_not_on_their_order() -> None:
+    def keys(*contexts: list[int], of_set: bool) -> list[bytes]:
+        return score_keys((None, None), ids([1]), list(map(ids, contexts)), ids([9]), of_set)
+
+    for of_set in (False, True):
+        both = keys([2], [3], of_set=of_set)
+        assert keys([3], [2], of_set=of_set) == both[::-1]
+        assert (keys([2], of_set=of_set) == both[:1]) == (not of_set)
 
 
 # ---------------------------------------------------------------- the scorer
