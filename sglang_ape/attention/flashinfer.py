@@ -40,7 +40,7 @@ from sglang_ape.attention.levels import (
     extend_levels,
     rectangle_levels,
 )
-from sglang_ape.attention.mass import Measured, finished, measured_rows
+from sglang_ape.attention.mass import Measured, finished, measured_rows, most_held
 from sglang_ape.attention.rectangles import (
     EMPTY_COVER,
     HOPPER_RATES,
@@ -196,9 +196,10 @@ class ApeFlashInferBackend(FlashInferAttnBackend):
     ) -> list[_Probe]:
         """The requests of a prefill batch whose attention is measured in it."""
         probes, offset = [], 0
-        rows = zip(forward_batch.rids, batch.specs, starts, stops, strict=True)
-        for i, (rid, spec, start, stop) in enumerate(rows):
-            measured = measured_rows(rid, spec, batch.masses, i, start, stop, offset)
+        most = most_held(batch.masses)
+        rows = zip(forward_batch.rids, batch.specs, batch.masses, starts, stops, strict=True)
+        for i, (rid, spec, mass, start, stop) in enumerate(rows):
+            measured = measured_rows(rid, spec, mass, start, stop, offset, most)
             offset += stop - start
             if measured is None or spec is None:
                 continue

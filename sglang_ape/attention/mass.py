@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -127,10 +127,10 @@ class Measured(NamedTuple):
     """The rows of a pass that are added to what is collected of a request."""
 
     mass: AttentionMass
-    rows: slice  # of the batch's new tokens
-    queries: Queries  # parts of ``rows``
-    contexts: int
-    most: int  # shares that it may hold back
+    spec: ProbeSpec
+    first: int  # row of the request
+    rows: slice  # the same and those behind it, among the batch's new tokens
+    most: int  # shares that may be held back
 
     def add(
         self,
@@ -149,42 +149,46 @@ class Measured(NamedTuple):
                 many at once that they would take much memory beside the pool.
         """
         rows, heads, _ = q.shape
-        step = max(self.most // (heads * self.contexts), 1)
-        for first in range(0, rows, step):
-            block = slice(first, min(first + step, rows))
-            queries = tuple(_overlaps(self.queries, block))
+        step = max(self.most // (heads * len(self.spec.context_lens)), 1)
+        for begin in range(0, rows, step):
+            block = slice(begin, min(begin + step, rows))
+            queries = self.queries(block)
             self.mass.add(layer, lse[block], of_contexts(q[block]), queries, self.most)
 
+    def queries(self, block: slice) -> Queries:
+        """Whose the rows of a part of ``rows`` are."""
+        first = self.first + block.start
+        return tuple(
+            (which, slice(begin - first, end - first))
+            for which, begin, end in self.spec.queries(first, self.first + block.stop)
+        )
 
-def _overlaps(queries: Queries, block: slice) -> Iterator[tuple[int, slice]]:
-    """The parts of queries that lie in a block of rows, counted from its first row."""
-    for which, own in queries:
-        begin, end = max(own.start, block.start), min(own.stop, block.stop)
-        if begin < end:
-            yield which, slice(begin - block.start, end - block.start)
+
+def most_held(masses: Sequence[AttentionMass | None]) -> int:
+    """Shares that each measured request of a batch may hold back."""
+    return MOST_SHARES // max(sum(mass is not None for mass in masses), 1)
 
 
 def measured_rows(
     rid: str,
     spec: ApeSpec | None,
-    masses: Sequence[AttentionMass | None],
-    i: int,
+    mass: AttentionMass | None,
     start: int,
     stop: int,
     offset: int,
+    most: int,
 ) -> Measured | None:
     """What a pass measures of a request; of one that it ends, the scores can be taken after it.
 
     Args:
         rid: of the request.
         spec: of the request.
-        masses: what is collected of each request of the batch; None if nothing is.
-        i: the request among them.
+        mass: what is collected of it; None if nothing is.
         start: its first new row.
         stop: behind its last one.
         offset: of its first new row among the batch's.
+        most: see :func:`most_held`.
     """
-    mass = masses[i] if masses else None
     if mass is None or not isinstance(spec, ProbeSpec):
         return None
     first = max(start, spec.context_end)
@@ -192,13 +196,7 @@ def measured_rows(
         return None
     if stop == spec.row_len:
         finished.put(rid, mass, spec.places)
-    queries = tuple(
-        (which, slice(begin - first, end - first))
-        for which, begin, end in spec.queries(first, stop)
-    )
-    rows = slice(first - start + offset, stop - start + offset)
-    most = MOST_SHARES // sum(one is not None for one in masses)
-    return Measured(mass, rows, queries, len(spec.context_lens), most)
+    return Measured(mass, spec, first, slice(first - start + offset, stop - start + offset), most)
 
 
 class Finished:

@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from flashinfer_ext.reference import attention_state, context_lse, merge_state_scaled
 from sglang_ape.attention.batch import ApeBatch, ape_batch
-from sglang_ape.attention.mass import Measured, finished, measured_rows
+from sglang_ape.attention.mass import Measured, finished, measured_rows, most_held
 from sglang_ape.attention.plan import RowRange, plan_request
 from sglang_ape.spec import ApeSpec
 
@@ -73,10 +73,12 @@ class ApeTorchNativeBackend(TorchNativeAttnBackend):
         work, offset = [], 0
         table = self.req_to_token_pool.req_to_token
         indices = forward_batch.req_pool_indices.tolist()
+        masses = batch.masses or [None] * len(stops)
+        most = most_held(masses)
         for i, (spec, stop, length) in enumerate(zip(batch.specs, stops, lens, strict=True)):
             start = stop - length
             rid = forward_batch.rids[i]
-            measured = measured_rows(rid, spec, batch.masses, i, start, stop, offset)
+            measured = measured_rows(rid, spec, masses[i], start, stop, offset, most)
             of_request = _request_work(table[indices[i]], spec, start, stop, offset)
             work.append(of_request._replace(measured=measured))
             offset += length

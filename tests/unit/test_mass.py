@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from flashinfer_ext.reference import attention_state, context_lse
 from sglang_ape.attention.mass import (
     LEAST,
+    MOST_SHARES,
     AttentionMass,
     Finished,
     Queries,
     finished,
     measured_rows,
+    most_held,
     shares,
 )
 from sglang_ape.spec import ApeSpec, ProbeSpec
@@ -86,6 +88,12 @@ def test_no_more_is_held_back_than_may_be() -> None:
     for layer in range(9):
         mass.add(layer, *_logs(6, layer), BOTH, 3 * 6 * HEADS * 4)
         assert len(mass._held) == layer % 3 + 1
+
+
+def test_measured_requests_of_a_batch_hold_back_no_more_than_one_may() -> None:
+    mass = AttentionMass(1, 1)
+    assert most_held([None, mass]) == MOST_SHARES
+    assert 3 * most_held([mass, None, mass, mass]) <= MOST_SHARES
 
 
 def _mass(query: Sequence[float], null: Sequence[float]) -> AttentionMass:
@@ -182,13 +190,13 @@ def test_every_row_of_both_queries_is_measured_once(
     ends = sorted({*(cut for cut in cuts if cut < spec.row_len), spec.row_len})
     for start, stop in pairwise([0, *ends]):
         assert finished.take("rid") is None, "no pass before the last one completes it"
-        measured = measured_rows("rid", spec, [None, mass], 1, start, stop, offset)
+        measured = measured_rows("rid", spec, mass, start, stop, offset, 100)
         rows = list(range(start, stop))
         if measured is None:
             assert stop <= spec.context_end
             continue
         own = rows[measured.rows.start - offset : measured.rows.stop - offset]
-        for which, part in measured.queries:
+        for which, part in measured.queries(slice(0, len(own))):
             found[which] += own[part]
     middle = spec.context_end + spec.query_len
     assert found == [
@@ -202,6 +210,6 @@ def test_every_row_of_both_queries_is_measured_once(
 
 def test_nothing_is_measured_of_other_requests() -> None:
     mass = AttentionMass(1, 1)
-    assert measured_rows("a", ApeSpec(1, (2,), 1, 1, ""), [mass], 0, 0, 5, 0) is None
-    assert measured_rows("a", None, [None], 0, 0, 5, 0) is None
-    assert measured_rows("a", ProbeSpec.of(1, (2,), 2, 1), (), 0, 0, 6, 0) is None
+    assert measured_rows("a", ApeSpec(1, (2,), 1, 1, ""), mass, 0, 5, 0, 100) is None
+    assert measured_rows("a", None, None, 0, 5, 0, 100) is None
+    assert measured_rows("a", ProbeSpec.of(1, (2,), 2, 1), None, 0, 6, 0, 100) is None
