@@ -1,4 +1,4 @@
-"""Shapes of Llama models, for servers that make up the weights (``--load-format dummy``)."""
+"""Shapes of Llama models, for servers that make up the weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TINY = Shape(64, 128, 2, 4, 2, 16, 512, "float32", 4)
 
 
 def write_config(shape: Shape, folder: Path) -> None:
-    """Write a ``config.json`` from which SGLang builds the model with ``load_format="dummy"``."""
+    """Write a ``config.json`` from which SGLang builds the model without weights."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
