@@ -82,6 +82,13 @@ def hooks() -> tuple[Hook, ...]:
             "AROUND",
             around_get_new_batch_prefill_raw,
         ),
+        # scores by likelihood: right ones beside a retracted request
+        Hook(
+            f"{srt}.managers.scheduler_components.batch_result_processor."
+            "SchedulerBatchResultProcessor.process_batch_result_prefill",
+            "BEFORE",
+            compat.load().before_process_batch_result_prefill,
+        ),
         # the context store: questions to the scheduler
         Hook(
             f"{srt}.managers.scheduler.Scheduler.init_request_dispatcher",

@@ -331,6 +331,19 @@ def test_a_crowd_of_apes_and_plain_requests_all_get_their_own_answer(bench: Benc
     bench.server.flush()
 
 
+def test_prompt_logprobs_in_a_crowd_are_those_of_the_own_prompt(bench: Bench) -> None:
+    prompts = bench.texts(*(bench.rng.randint(12, 60) for _ in range(48)))
+    bodies = [
+        _plain_body(ids, bench.rng.randint(2, 12)) | {"logprob_start_len": 0} for ids in prompts
+    ]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(bench.server.generate, bodies))
+    for ids, answer in zip(prompts, answers, strict=True):
+        served = [logprob for logprob, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
+        expected = bench.oracle.query_logprobs([], [], ids)
+        assert served == pytest.approx(expected, abs=bench.deployment.tolerance)
+
+
 # ---------------------------------------------------------------- soft and refine
 
 
