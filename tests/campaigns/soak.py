@@ -1,11 +1,12 @@
 """Soak: thousands of requests through HTTP on the CPU, many at once, of every kind, in a tiny pool.
 
-Requests with contexts and plain ones are mixed; many are aborted, or their clients disconnect at
-some stage; the pool holds a fraction of the contexts, SGLang retracts requests all the time, and
-contexts are registered, pinned and deleted beside. Every completed answer is compared with the
-oracle's, and what was received of a cut one with its beginning. Requests belong to three tenants
-with the same texts; again and again a new one comes, asks what they ask, and must find neither
-their ids nor anything in the cache. At the end nothing may be left:
+Requests with contexts, half of them with ``soft`` or ``refine``, and plain ones are mixed; many are
+aborted, or their clients disconnect at some stage; the pool holds a fraction of the contexts,
+SGLang retracts requests all the time, contexts are registered, pinned and deleted beside, and
+scores forgotten. Every completed answer and its scores are compared with the oracle's, and what was
+received of a cut one with its beginning. Requests belong to three tenants with the same texts;
+again and again a new one comes, asks what they ask, and must find neither their ids nor their
+scores nor anything in the cache. At the end nothing may be left:
 
 - KV slots and locks: the server is idle with nothing used, after all pins were deleted, and its
   cache can be flushed.
@@ -39,6 +40,7 @@ import httpx
 from tqdm import tqdm
 
 from benchmarks.common.client import Client
+from sglang_ape.arguments import ATTENTION, LIKELIHOOD
 from tests.campaigns.soak_client import HANG_SECONDS, Clients, Outcome, Pool
 from tests.campaigns.soak_jobs import Corpus, Job, Place, make_corpus, make_jobs
 from tests.campaigns.soak_requests import Ask, Draw
@@ -59,7 +61,7 @@ FLAGS = (
     *("--enable-ape", "--enable-metrics", "--served-model-name", "tiny"),
     *("--max-total-tokens", str(POOL_TOKENS), "--ape-max-pinned-tokens", str(MAX_PINNED)),
     *("--ape-max-context-tokens", "4000", "--max-running-requests", "8"),
-    *("--chunked-prefill-size", "64"),  # requests end between two chunks, too
+    *("--chunked-prefill-size", "128"),  # requests end between two chunks, too
 )
 # A disconnected client is noticed after a second instead of four.
 ENV = {"SGLANG_TEST_RETRACT": "true", "SGLANG_REQUEST_STATE_WAIT_TIMEOUT": "1"}
@@ -68,6 +70,7 @@ _METRICS = {
     "retracted requests": "sglang:num_retracted_requests_total",
     "evicted contexts": "sglang:ape_evicted_contexts_total",
     "answered requests with contexts": "sglang:ape_requests_total",
+    "tokens to score and to refine": "sglang:ape_ladder_tokens_total",
 }
 
 _ENDS = ("completed", "aborted", "disconnects", "refused")
@@ -80,6 +83,7 @@ class Plan(NamedTuple):
     requests: int
     concurrency: int
     jobs: int
+    scorer: str = LIKELIHOOD
 
     @property
     def warm_up(self) -> int:
@@ -147,10 +151,12 @@ def _section(title: str, rows: Iterable[tuple[str, float]]) -> list[str]:
 def run(plan: Plan, model: Path, folder: Path) -> Tally:
     """Soak a server of its own, whose log goes to ``folder``."""
     corpus = make_corpus(plan.seed)
-    jobs = make_jobs(corpus, model, plan.seed, plan.jobs, LARGE_TOKENS)
+    by_attention = plan.scorer == ATTENTION
+    jobs = make_jobs(corpus, model, plan.seed, plan.jobs, LARGE_TOKENS, by_attention)
     tally = Tally()
     env = {**ENV, "SOAK_TASKS": str(folder / "tasks.json")}
-    with Server(model, FLAGS, folder / "log", env, "tests.campaigns.soak_server") as server:
+    flags = (*FLAGS, "--ape-scorer", plan.scorer)
+    with Server(model, flags, folder / "log", env, "tests.campaigns.soak_server") as server:
         try:
             observed = Observed(server.process.pid, folder / "tasks.json")
             asyncio.run(_Soak(plan, server, observed, corpus, jobs, tally).run())
@@ -213,6 +219,7 @@ class _Soak:
                 asyncio.create_task(clients.register_for_ever(rng)),
                 asyncio.create_task(clients.forget_for_ever(rng)),
                 asyncio.create_task(clients.visit_for_ever(rng, self._jobs)),
+                asyncio.create_task(clients.flush_for_ever(rng)),
             ]
             if memory is not None:
                 beside.append(asyncio.create_task(_sample(memory)))
@@ -296,6 +303,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=150, help="distinct questions")
+    parser.add_argument("--scorer", choices=(LIKELIHOOD, ATTENTION), default=LIKELIHOOD)
     plan = Plan(**vars(parser.parse_args()))
     print(plan, flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -296,15 +296,25 @@ class Clients:
             for context in listed:
                 await self._session.delete(f"/ape/contexts/{context['id']}")
 
+    async def flush_for_ever(self, rng: random.Random) -> None:
+        """Have scores forgotten. While requests run, SGLang keeps the KV and answers with 400."""
+        while True:
+            response = await self._session.post("/flush_cache")
+            self.beside[f"POST /flush_cache: {response.status_code}"] += 1
+            if response.status_code not in (200, 400):
+                self.faults.append(f"flush: {response.status_code}: {response.text}")
+            await asyncio.sleep(0.2 * rng.random())
+
     # ------------------------------------------------------------ new tenants
 
     async def visit_for_ever(self, rng: random.Random, jobs: Sequence[Job]) -> None:
         """Ask under one new key after the other what the other tenants ask."""
-        room = self._pool.usable - self._pool.max_pinned - VISIT_TOKENS
+        room = self._pool.usable - self._pool.max_pinned
         fitting = [
             job
             for job in jobs
-            if job.prompt_tokens(self._corpus) <= room and self._shares_nothing_with_itself(job)
+            if job.needed_tokens(self._corpus, VISIT_TOKENS) <= room
+            and self._shares_nothing_with_itself(job)
         ]
         for number in count():
             await self.visit(rng.choice(fitting), f"visitor {number}")
@@ -319,7 +329,7 @@ class Clients:
             "sampling_params": sampling,
         }
         if job.documents:
-            body["ape"] = {"temperature": job.temperature, "scale": job.scale}
+            body["ape"] = {"temperature": job.temperature, "scale": job.scale, **job.rung}
             ids = [{"id": self._ids[place]} for place in job.places(None)]
             response = await self._session.post("/generate", json={**body, "contexts": ids})
             if response.status_code != 400 or "contexts[0].id" not in response.text:
@@ -333,6 +343,8 @@ class Clients:
             self.faults.append(f"{tenant} asks {body} and is answered {reply}")
         elif reply["meta_info"]["cached_tokens"]:
             self.faults.append(f"{tenant} finds KV of others: {reply['meta_info']}, by {body}")
+        elif job.scores and not reply["meta_info"]["ape"]["scored_tokens"]:
+            self.faults.append(f"{tenant} finds scores of others: {reply['meta_info']}, by {body}")
         self.beside["new tenant: nothing is cached, the answer is equal"] += 1
 
     def _shares_nothing_with_itself(self, job: Job) -> bool:

@@ -5,9 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from tests.campaigns.soak_jobs import MAX_NEW_TOKENS, TENANTS, Corpus, Ids, Job, Place, Tenant
-
-TOLERANCE = 1e-4  # of a log-probability
+from tests.campaigns.soak_jobs import (
+    FAINT_SCORE,
+    MAX_NEW_TOKENS,
+    SCORE_TOLERANCE,
+    TENANTS,
+    Corpus,
+    Ids,
+    Job,
+    Place,
+    Tenant,
+)
 
 Body = dict[str, Any]
 
@@ -66,6 +74,7 @@ class Ask(NamedTuple):
     number: int
     kind: Kind
     jobs: tuple[Job, ...]
+    orders: tuple[tuple[int, ...], ...]  # of each job's documents, by index
     samples: int  # answers to each job
     new_tokens: int
     body: Body
@@ -78,11 +87,13 @@ class Ask(NamedTuple):
     def sort(self) -> str:
         if not self.jobs[0].documents:
             return "plain"
+        if any(job.rung for job in self.jobs):
+            return "soft or refine, some by id" if self.places else "soft or refine"
         return "contexts, some by id" if self.places else "contexts"
 
     def needed_tokens(self, corpus: Corpus) -> int:
         """What the largest of its jobs may come to hold."""
-        return max(job.prompt_tokens(corpus) for job in self.jobs) + self.new_tokens
+        return max(job.needed_tokens(corpus, self.new_tokens) for job in self.jobs)
 
 
 class Answer(NamedTuple):
@@ -91,6 +102,7 @@ class Answer(NamedTuple):
     tokens: Ids
     finish: str | None
     logprobs: list[tuple[float, int]]  # with the tokens; those that came, if asked for
+    scores: list[float] | None  # of its contexts; None if that is not told
 
 
 class Draw:
@@ -124,7 +136,8 @@ class Draw:
             new_tokens = min(new_tokens, 10)
         tenants = _tenants(rng, len(jobs))
         places: set[Place] = set()
-        prompts = _prompts(self._corpus, jobs, tenants, rng, self._ids, places)
+        orders = [_order(job, rng) for job in jobs]
+        prompts = _prompts(self._corpus, jobs, orders, tenants, rng, self._ids, places)
         rid = f"{self._seed}-{number:06d}"
         body = _native(kind, jobs, prompts, samples, new_tokens, rid, rng)
         if not kind.native:
@@ -135,6 +148,7 @@ class Draw:
             number,
             kind,
             tuple(jobs),
+            tuple(orders),
             samples,
             new_tokens,
             body,
@@ -152,9 +166,16 @@ def _tenants(rng: random.Random, count: int) -> list[Tenant]:
     return rng.choices([tenant for tenant in TENANTS if tenant is not None], k=count)
 
 
+def _order(job: Job, rng: random.Random) -> tuple[int, ...]:
+    """Of its documents: any at all, where that has no effect."""
+    numbers = range(len(job.documents))
+    return tuple(numbers if job.is_ordered else rng.sample(numbers, k=len(numbers)))
+
+
 def _prompts(
     corpus: Corpus,
     jobs: Sequence[Job],
+    orders: Sequence[Sequence[int]],
     tenants: Sequence[Tenant],
     rng: random.Random,
     ids: Mapping[Place, str],
@@ -164,13 +185,13 @@ def _prompts(
     by_id = rng.random() < 0.35
     without_prefix = by_id and len(jobs) == 1 and rng.random() < 0.5
     prompts: list[Body] = []
-    for job, tenant in zip(jobs, tenants, strict=True):
+    for job, order, tenant in zip(jobs, orders, tenants, strict=True):
         own = {} if tenant is None else {"extra_key": tenant}
         if not job.documents:
             prompts.append({"input_ids": job.query, **own})
             continue
         contexts: list[Body] = []
-        for place in rng.sample(job.places(tenant), k=len(job.documents)):  # no order has an effect
+        for place in (job.places(tenant)[i] for i in order):
             if by_id and (without_prefix or rng.random() < 0.5):
                 contexts.append({"id": ids[place]})
                 places.add(place)
@@ -181,7 +202,7 @@ def _prompts(
             "input_ids": job.query,
             "contexts": contexts,
             "prefix_ids": corpus.prefixes[job.prefix],
-            "ape": {"temperature": job.temperature, "scale": job.scale},
+            "ape": {"temperature": job.temperature, "scale": job.scale, **job.rung},
         }
         if without_prefix:
             del prompt["prefix_ids"]  # it comes with the ids
@@ -231,12 +252,14 @@ def answers_of(ask: Ask, reply: Any) -> list[Answer]:
     """The answers in a JSON body."""
     if not ask.kind.native:
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-        return [Answer(choice["token_ids"], choice["finish_reason"], []) for choice in choices]
+        scores = _scores(reply["usage"])
+        return [Answer(one["token_ids"], one["finish_reason"], [], scores) for one in choices]
     return [
         Answer(
             one["output_ids"],
             one["meta_info"]["finish_reason"]["type"],
             [(row[0], row[1]) for row in one["meta_info"].get("output_token_logprobs", ())],
+            _scores(one["meta_info"]),
         )
         for one in (reply if isinstance(reply, list) else [reply])
     ]
@@ -246,16 +269,21 @@ def answer_of_stream(ask: Ask, events: Sequence[Any]) -> Answer:
     """What the events of a stream come to; the finish is None if it has not ended."""
     if ask.kind.native:
         tokens: Ids = []
-        finish = None
+        finish, scores = None, None
         for event in events:
+            scores = _scores(event["meta_info"])
             finish = (event["meta_info"]["finish_reason"] or {}).get("type")
             # SGLang's event of a request aborted in the queue repeats one token alone.
             tokens = tokens if finish == "abort" else event["output_ids"]
-        return Answer(tokens, finish, [])
+        return Answer(tokens, finish, [], scores)
     choices = [choice for event in events for choice in event["choices"]]
     tokens = [token for choice in choices for token in choice.get("token_ids") or ()]
     finishes = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
-    return Answer(tokens, finishes[-1] if finishes else None, [])
+    return Answer(tokens, finishes[-1] if finishes else None, [], None)
+
+
+def _scores(told: Mapping[str, Any]) -> list[float]:
+    return [one["score"] for one in told.get("contexts", ())]
 
 
 def faults_in(
@@ -277,12 +305,15 @@ def faults_in(
         if answer.finish == "abort" and not may_abort:
             yield f"answer {i} was aborted, and nobody asked for that"
         whole = not partial and answer.finish != "abort"
-        fault = _fault(answer, ask.jobs[i // ask.samples], ask.new_tokens, whole)
+        item = i // ask.samples
+        fault = _fault(answer, ask.jobs[item], ask.orders[item], ask.new_tokens, whole)
         if fault:
             yield f"answer {i}: {fault}"
 
 
-def _fault(answer: Answer, job: Job, new_tokens: int, whole: bool) -> str | None:
+def _fault(
+    answer: Answer, job: Job, order: Sequence[int], new_tokens: int, whole: bool
+) -> str | None:
     expected = job.tokens[:new_tokens]
     if not whole:
         begins = answer.tokens == expected[: len(answer.tokens)]
@@ -293,10 +324,20 @@ def _fault(answer: Answer, job: Job, new_tokens: int, whole: bool) -> str | None
     remaining = iter(zip(expected, job.logprobs, strict=False))
     for logprob, token in answer.logprobs:
         if not any(
-            token == wanted and abs(logprob - best) <= TOLERANCE for wanted, best in remaining
+            token == wanted and abs(logprob - best) <= job.tolerance for wanted, best in remaining
         ):
             return f"log-probability {logprob} of token {token} is not the oracle's"
+    scores = [job.scores[i] for i in order] if job.scores else []
+    if answer.scores is not None and not _near(answer.scores, scores):
+        return f"scores {answer.scores} are not the oracle's {scores}"
     return None
+
+
+def _near(told: Sequence[float], expected: Sequence[float]) -> bool:
+    return len(told) == len(expected) and all(
+        abs(max(one, FAINT_SCORE) - max(other, FAINT_SCORE)) <= SCORE_TOLERANCE
+        for one, other in zip(told, expected, strict=True)
+    )
 
 
 def _weighted(rng: random.Random, weights: Mapping[Any, int]) -> Any:

@@ -26,7 +26,8 @@ def test_requests_of_every_kind_are_completed(tally: Tally) -> None:
     completed = {kind for kind, _, label in tally.kinds if label == "completed and equal"}
     assert completed == set(Kind)
     sorts = {sort for _, sort, label in tally.kinds if label == "completed and equal"}
-    assert sorts == {"plain", "contexts", "contexts, some by id"}
+    with_contexts = {"contexts", "soft or refine"}
+    assert sorts == {"plain", *with_contexts, *(f"{sort}, some by id" for sort in with_contexts)}
 
 
 def test_clients_end_requests_at_every_stage(tally: Tally) -> None:
@@ -38,6 +39,11 @@ def test_clients_end_requests_at_every_stage(tally: Tally) -> None:
 def test_the_pool_is_too_small_and_requests_are_retracted(tally: Tally) -> None:
     assert tally.seen["evicted contexts"] > 0
     assert tally.seen["retracted requests"] > 0
+
+
+def test_contexts_are_scored_again_and_again(tally: Tally) -> None:
+    assert tally.seen["tokens to score and to refine"] > 0
+    assert tally.beside["POST /flush_cache: 400"] > 0
 
 
 def test_contexts_are_pinned_and_deleted_beside(tally: Tally) -> None:

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
-from tokenizers import Tokenizer
 
 from tests.support.deployments import DEPLOYMENTS, Deployment
 from tests.support.oracle import Completion, Oracle
@@ -25,15 +24,9 @@ class Bench:
         self.server = server
         self.oracle = oracle
         self.rng = random.Random(0)
-        tokenizer = Tokenizer.from_file(str(oracle.model_path / "tokenizer.json"))
-        self._null_text = tokenizer.encode("N/A", add_special_tokens=False).ids
 
     def ids(self, length: int) -> Ids:
         return [self.rng.randrange(4, 512) for _ in range(length)]
-
-    def null(self, query: Ids) -> Ids:
-        """A null query: a text that asks for nothing, with the last tokens of the query."""
-        return [*self._null_text, *query[len(query) - min(5, len(query) // 2) :]]
 
     def texts(self, *lengths: int) -> list[Ids]:
         return [self.ids(length) for length in lengths]
@@ -371,7 +364,7 @@ def _assert_rung(bench: Bench, rung: Rung, answer: dict[str, Any]) -> list[float
     prefix, contexts, query, ape, new_tokens = rung
     told = [one["score"] for one in answer["meta_info"]["contexts"]]
     if bench.deployment.by_attention:
-        expected = bench.oracle.attention_scores(prefix, contexts, query, bench.null(query))
+        expected = bench.oracle.attention_scores(prefix, contexts, query, bench.oracle.null(query))
         tolerance = bench.deployment.attention_tolerance
     else:
         expected = [bench.oracle.likelihood(prefix, context, query) for context in contexts]
@@ -396,7 +389,7 @@ def test_soft_answers_are_those_of_the_oracle(bench: Bench, soft: float) -> None
     first = bench.server.generate(rung.body)
     told = _assert_rung(bench, rung, first)
     assert first["meta_info"]["cached_tokens"] == 0
-    copies = 9 + len(bench.null(rung.query)) if bench.deployment.by_attention else 4 * 10
+    copies = 9 + len(bench.oracle.null(rung.query)) if bench.deployment.by_attention else 4 * 10
     assert first["meta_info"]["ape"]["scored_tokens"] == copies
     bench.server.assert_clean()
 

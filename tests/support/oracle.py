@@ -9,12 +9,14 @@ scaled RoPE or sliding windows.
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 
 @contextmanager
@@ -127,6 +129,15 @@ class Oracle:
         logits, _ = self._forward([*before, *query], 0, self._no_kv(), None)
         logprobs = logits[len(before) - 1 : -1].log_softmax(-1)
         return float(logprobs.gather(1, torch.tensor(query).view(-1, 1)).sum())
+
+    @cached_property
+    def _null_text(self) -> list[int]:
+        tokenizer = Tokenizer.from_file(str(self.model_path / "tokenizer.json"))
+        return tokenizer.encode("N/A", add_special_tokens=False).ids
+
+    def null(self, query: Sequence[int]) -> list[int]:
+        """A null query: a text that asks for nothing, with the last tokens of the query."""
+        return [*self._null_text, *query[len(query) - min(5, len(query) // 2) :]]
 
     @one_thread()
     def attention_scores(

@@ -24,6 +24,7 @@ class Answers:
 
     known_status = 400
     cached_tokens = 0
+    scored_tokens = 6
     output_ids = JOB.tokens[:VISIT_TOKENS]
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -32,7 +33,8 @@ class Answers:
         if "id" in body.get("contexts", [{}])[0]:
             error = {"message": "unknown", "param": "contexts[0].id"}
             return httpx.Response(self.known_status, json={"error": error})
-        meta = {"cached_tokens": self.cached_tokens}
+        ape = {"scored_tokens": self.scored_tokens}
+        meta = {"cached_tokens": self.cached_tokens, "ape": ape}
         return httpx.Response(200, json={"output_ids": self.output_ids, "meta_info": meta})
 
 
@@ -69,6 +71,15 @@ def test_a_cache_that_is_not_kept_apart_is_a_fault(
     setattr(answers, name, value)
     (fault,) = faults_of_visit(answers, job)
     assert words in fault
+
+
+def test_scores_that_are_not_kept_apart_are_a_fault() -> None:
+    answers = Answers()
+    answers.scored_tokens = 0
+    scored = JOB._replace(rung={"soft": 0.1}, scores=(-1.0, -2.0))
+    (fault,) = faults_of_visit(answers, scored)
+    assert "finds scores of others" in fault
+    assert not faults_of_visit(answers)
 
 
 def test_ids_that_are_not_kept_apart_are_a_fault() -> None:
