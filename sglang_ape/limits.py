@@ -111,18 +111,28 @@ def _check_beside_pins(manager: Any, obj: Any, input_ids: Sequence[int] | None) 
 def around_get_new_batch_prefill_raw(
     original: Callable[..., tuple[Any, Any]], scheduler: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """AROUND hook on ``Scheduler._get_new_batch_prefill_raw``: an empty batch is not full.
+    """AROUND hook on ``Scheduler._get_new_batch_prefill_raw``: put-off pins take hold once
+    there is room, and an empty batch is not full.
 
     SGLang calls the running batch full when a request finds no room, and looks again once something
     has ended. Where pins came after a large request was accepted, nothing may be running at that
     time: then nobody would ever look again.
     """
+    pins = getattr(scheduler.tree_cache, "pins", None)
+    if pins is None:
+        return original(scheduler, *args, **kwargs)
+    if pins.any_put_off:
+        pins.lock_put_off()
+    later: list[Any] = []
+    if pins.any_put_off and scheduler.chunked_req is not None:
+        # No other prompt is begun, or one long prompt after the other would put pins off for ever.
+        later, scheduler.waiting_queue = scheduler.waiting_queue, later
     batch, running = original(scheduler, *args, **kwargs)
+    if later:
+        scheduler.waiting_queue = later + scheduler.waiting_queue
     if batch is None and running.batch_is_full and running.is_empty():
-        pins = getattr(scheduler.tree_cache, "pins", None)
-        if pins is not None:
-            running.batch_is_full = False
-            _refuse_what_pins_keep_out(scheduler, pins)
+        running.batch_is_full = False
+        _refuse_what_pins_keep_out(scheduler, pins)
     return batch, running
 
 

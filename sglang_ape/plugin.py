@@ -76,7 +76,8 @@ def hooks() -> tuple[Hook, ...]:
             around_init_req_max_new_tokens,
         ),
         Hook(f"{srt}.managers.utils.validate_input_length", "AROUND", around_validate_input_length),
-        # pins that came after a request: it must not keep the others waiting
+        # pins that came after a request: they take hold when there is room, and a request that they
+        # keep out must not keep the others waiting
         Hook(
             f"{srt}.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
             "AROUND",
@@ -89,7 +90,7 @@ def hooks() -> tuple[Hook, ...]:
             "BEFORE",
             compat.load().before_process_batch_result_prefill,
         ),
-        # the context store: questions to the scheduler
+        # the context store: questions to the scheduler, and what pins have to leave
         Hook(
             f"{srt}.managers.scheduler.Scheduler.init_request_dispatcher",
             "AFTER",
@@ -187,9 +188,11 @@ def after_check_server_args(_result: None, args: Any) -> None:
 def _after_init_request_dispatcher(_result: None, scheduler: Any) -> None:
     """AFTER hook on ``Scheduler.init_request_dispatcher``."""
     if scheduler.server_args.enable_ape:
+        from sglang_ape.cache.room import keep_room
         from sglang_ape.scoring import channel as scores_channel
         from sglang_ape.store import channel
 
+        keep_room(scheduler)
         channel.answer_messages(scheduler)
         scores_channel.answer_messages(scheduler)
 

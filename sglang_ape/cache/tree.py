@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,11 @@ class Handle(NamedTuple):
     prefix: TreeNode  # where P ends, or as far as P is in the tree
     contexts: tuple[TreeNode, ...]  # one for each context the row holds so far, in row order
     query: TreeNode | None
+
+    @property
+    def ends(self) -> tuple[TreeNode, ...]:
+        query = () if self.query is None else (self.query,)
+        return (self.prefix, *self.contexts, *query)
 
 
 class _Hit(NamedTuple):
@@ -116,6 +122,15 @@ class ApeRadixCache(RadixCache):
             return Touched(length, None)
         self._context_ends.add(node)
         return Touched(length, node)
+
+    def nodes_above(self, ends: Iterable[TreeNode]) -> set[TreeNode]:
+        """The nodes of the paths that end there."""
+        found: set[TreeNode] = set()
+        for node in ends:
+            while node is not self.root_node and node not in found:
+                found.add(node)
+                node = node.parent
+        return found
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         spec = None if params.req is None else spec_of(params.req)
@@ -192,6 +207,7 @@ class ApeRadixCache(RadixCache):
             if self.pins.any_waiting:
                 ids = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
                 self.pins.stored(ids, req.extra_key)
+                self.pins.lock_put_off()
             return
         if is_insert and not self.disable_finished_insert:
             ids = req.origin_input_ids + req.output_ids
@@ -367,6 +383,7 @@ class ApeRadixCache(RadixCache):
         for start, stop in zip(spec.context_starts, spec.context_stops, strict=True):
             if stop <= end:
                 self.pins.stored(ids[: spec.prefix_len] + ids[start:stop], extra_key)
+        self.pins.lock_put_off()
 
     def _store_path(
         self, req: Any, parent: TreeNode, key: RadixKey, start: int, done: int, chunked: bool

@@ -57,10 +57,9 @@ def answer(scheduler: Any, request: ApeContextsReqInput) -> ApeContextsReqOutput
             tree.pins.remove(name)
         return ApeContextsReqOutput(cached=[])
     cached = []
-    paths = zip(request.names, request.rows, request.extra_keys, strict=True)
-    for name, ids, extra_key in paths:
-        if request.action == PIN:
-            tree.pins.add(name, ids, extra_key)
+    if request.action == PIN:
+        tree.pins.add(zip(request.names, request.rows, request.extra_keys, strict=True))
+    for ids, extra_key in zip(request.rows, request.extra_keys, strict=True):
         if request.action == LOOK:
             cached.append(tree.look_up(ids, extra_key))
         else:

@@ -235,7 +235,7 @@ class ModelHost(Host):
         self.model.flush()
 
     def pin(self, name: str, path: list[int], extra_key: str | None) -> None:
-        self.tree.pins.add(name, array("q", path), extra_key)
+        self.tree.pins.add([(name, array("q", path), extra_key)])
         self.model.pin(name, _path(path, extra_key))
         self.events["pins"] += 1
 

@@ -126,6 +126,34 @@ def test_a_request_that_later_pins_keep_out_is_refused_and_the_others_go_on(
         server.assert_clean()
 
 
+def test_pins_that_come_while_a_request_runs_leave_it_the_memory_it_counts_on(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    flags = ("--enable-ape", "--max-total-tokens", "1200", "--ape-max-pinned-tokens", "300")
+    contexts = {"contexts": [{"input_ids": [200 + i, *range(65)]} for i in range(4)]}
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    chunked = {"input_ids": [5, 6] * 500, "sampling_params": sampling}
+    decoding = {"input_ids": [9] * 600, "sampling_params": {**sampling, "max_new_tokens": 550}}
+    with Server(tiny_llama, (*flags, "--chunked-prefill-size", "16"), tmp_path / "log") as server:
+        for body, seconds in ((chunked, 0.05), (decoding, 0.7)):
+            assert server.post("/ape/contexts", contexts).status_code == 200
+
+            def pin() -> None:
+                assert server.post("/ape/contexts", {**contexts, "pin": True}).status_code == 200
+
+            (answer,) = asyncio.run(_asked(server, [("/generate", body)], pin, seconds))
+            assert isinstance(answer, httpx.Response) and answer.status_code == 200, answer
+            # What the request took of them is computed, and held, as soon as somebody asks.
+            server.generate({"input_ids": [7], **contexts, "sampling_params": sampling})
+            for token in range(20, 24):  # fill the rest of the pool with other things
+                server.generate({"input_ids": [8, *[token] * 800], "sampling_params": sampling})
+            listed = server.client.get("/ape/contexts").json()["contexts"]
+            assert [context["cached_tokens"] for context in listed] == [66] * 4
+            for context in listed:
+                server.client.delete(f"/ape/contexts/{context['id']}")
+            server.flush()
+
+
 def test_a_port_in_use_ends_the_start_and_leaves_the_other_server_alone(
     server: Server, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ class Running(SimpleNamespace):
 
 def make_scheduler(held: bool, sent: list[Any]) -> SimpleNamespace:
     waiting = [SimpleNamespace(rid="large"), SimpleNamespace(rid="small")]
-    tree = SimpleNamespace(pins=SimpleNamespace(any_held=held))
+    tree = SimpleNamespace(pins=SimpleNamespace(any_held=held, any_put_off=False))
     output = SimpleNamespace(send_output=lambda refused, req: sent.append((refused, req)))
     channels = SimpleNamespace(send_to_tokenizer=output)
     return SimpleNamespace(tree_cache=tree, waiting_queue=waiting, ipc_channels=channels)
@@ -61,6 +61,38 @@ def test_a_batch_that_runs_and_another_tree_are_left_alone(is_ours: bool) -> Non
         del scheduler.tree_cache.pins
     look(scheduler, running)
     assert running.batch_is_full
+
+
+class PutOff:
+    """Pins for which there is room at the second look."""
+
+    looks = 0
+
+    @property
+    def any_put_off(self) -> bool:
+        return self.looks < 2
+
+    def lock_put_off(self) -> None:
+        self.looks += 1
+
+
+@pytest.mark.parametrize("in_chunks", [True, False])
+def test_while_pins_are_put_off_a_prompt_in_chunks_is_the_only_one(in_chunks: bool) -> None:
+    scheduler = make_scheduler(True, [])
+    scheduler.tree_cache.pins = PutOff()
+    scheduler.chunked_req = "long" if in_chunks else None
+    waiting = list(scheduler.waiting_queue)
+    seen: list[list[Any]] = []
+
+    def schedule(scheduler: Any) -> tuple[str, Running]:
+        seen.append(list(scheduler.waiting_queue))
+        scheduler.waiting_queue = [*scheduler.waiting_queue, "preempted"]
+        return "batch", Running(reqs=["one"], batch_is_full=False)
+
+    around_get_new_batch_prefill_raw(schedule, scheduler)
+    assert scheduler.waiting_queue == [*waiting, "preempted"]
+    around_get_new_batch_prefill_raw(schedule, scheduler)
+    assert seen == [[] if in_chunks else waiting, [*waiting, "preempted"]]
 
 
 @pytest.fixture

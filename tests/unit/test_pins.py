@@ -35,7 +35,7 @@ def host() -> Iterator[Host]:
 
 
 def pin(host: Host, path: list[int], name: str = "one", extra_key: str | None = None) -> None:
-    host.tree.pins.add(name, array("q", path), extra_key)
+    host.tree.pins.add([(name, array("q", path), extra_key)])
 
 
 def unpin(host: Host, name: str = "one") -> None:
