@@ -94,6 +94,7 @@ class ApeCascadeAttentionWrapper:
         self._rectangles: RectangleLaunch | None = None
         self._rectangles_for: dict[str, Any] = {}
         self._contexts_rows: torch.Tensor | None = None  # None: no virtual rows
+        self._copied: torch.cuda.Event | None = None  # the work lists of the last plan
 
     def plan(
         self,
@@ -118,8 +119,8 @@ class ApeCascadeAttentionWrapper:
         """Prepare a batch; any number of ``run`` calls may follow, one a layer.
 
         Index pointers and lengths are best given on the CPU: they are read there, and a GPU tensor
-        costs a synchronisation. Without one, the next ``plan`` has to wait until the GPU has begun
-        the ``run`` calls of this one: FlashInfer copies its work list from one pinned buffer.
+        costs a synchronisation. Waits until the GPU has begun the ``run`` calls of the last plan,
+        if it has not: FlashInfer copies its work list from one pinned buffer.
 
         Args:
             qo_indptr_arr: for each level int32 (groups + 1,): group i of the level holds the rows
@@ -214,6 +215,8 @@ class ApeCascadeAttentionWrapper:
             q_data_type=key.q_dtype,
             kv_data_type=key.kv_dtype,
         )
+        if self._copied is not None:
+            self._copied.synchronize()
         if contexts_rows is None:
             self._contexts_rows = None
             self._plan_levels(qo, kv, indices, last, t, s)
@@ -223,6 +226,8 @@ class ApeCascadeAttentionWrapper:
             self._plan_contexts_of_rows(contexts_rows, path_groups, rows_bias, qo, kv, last, t, s)
             self._indices = indices if self._graph is None else self._graph.indices
             self._plan_path(qo, kv, indices, last)
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(self._device))
 
     def run(
         self,

@@ -588,6 +588,49 @@ def test_one_wrapper_plans_batches_of_every_kind_in_turn(workspace: torch.Tensor
             assert_equals(each, actual, expected_of(each))
 
 
+LONG_BUSY = 1_000_000_000  # cycles: half a second of the GPU
+
+
+def in_the_order_of(batch: Batch, groups: Sequence[int]) -> Batch:
+    """Its groups of the contexts level and of the path, which are as many, in another order."""
+    contexts, path = ([level[i] for i in groups] for level in (batch.contexts, batch.path))
+    return make_batch(batch.shape, contexts, path)
+
+
+def test_a_plan_leaves_alone_what_the_gpu_has_not_come_to_yet(workspace: torch.Tensor) -> None:
+    """The GPU is busy while both batches are planned and launched."""
+    contexts = [Contexts(100, 300, 0.5, 0.9), Contexts(1, 3000, 0.9, 1.0)]
+    first = make_batch(Shape(), contexts, [Path(100, 200), Path(1, 20)])
+    batches = [first, in_the_order_of(first, [1, 0])]
+    wrapper = ApeCascadeAttentionWrapper(workspace)
+    for batch in batches:  # compiles the merge
+        plan(wrapper, batch)
+        wrapper.run(batch.q, batch.cache, return_lse=True)
+    torch.cuda.synchronize()
+    actual = []
+    for batch in batches:
+        torch.cuda._sleep(LONG_BUSY)
+        plan(wrapper, batch)
+        actual.append(wrapper.run(batch.q, batch.cache, return_lse=True))
+    for batch, of_batch in zip(batches, actual, strict=True):
+        assert_equals(batch, of_batch, expected_of(batch))
+
+
+def test_a_plan_leaves_alone_what_a_replay_has_not_come_to_yet(workspace: torch.Tensor) -> None:
+    shape = Shape()
+    contexts, kv_lens = GRAPH_SETTINGS[0]
+    first = make_batch(shape, contexts, [Path(1, kv_len) for kv_len in kv_lens])
+    turned = in_the_order_of(first, range(GRAPH_ROWS)[::-1])
+    batches = [first, replace(turned, cache=first.cache)]
+    graph = Graph(workspace, shape, first.cache)
+    actual = []
+    for batch in batches:
+        torch.cuda._sleep(LONG_BUSY)
+        actual.append(graph.replay(batch, in_place=True))
+    for batch, of_batch in zip(batches, actual, strict=True):
+        assert_equals(batch, of_batch, expected_of(batch))
+
+
 ##### A bias of the contexts
 
 HAVE_BIAS = pytest.mark.parametrize(("dtype", "head_dim"), [BF16_128, FP16_64], ids=str)

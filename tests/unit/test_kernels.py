@@ -676,32 +676,65 @@ def test_a_bias_without_its_module_is_refused(
 class Level:
     """FlashInfer's wrapper on one of the modules; it does nothing but take note."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, events: list[str]) -> None:
         self.module = module
+        self.events = events
         self.runs: list[tuple[Any, ...]] = []
 
     def plan(self, **_: Any) -> None:
-        pass
+        self.events.append(f"plan {self.module}")
 
     def run(self, q: Any, kv: Any, *tensors: Any, out: Any, **_: Any) -> Any:
         self.runs.append(tensors)
         return out, torch.zeros(out.shape[:2])
 
 
-def test_only_the_contexts_of_a_biased_plan_are_read_with_a_bias(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made: list[Level] = []
+class Levels(NamedTuple):
+    """Stand-ins for all that needs a GPU, and what happened to them in turn."""
+
+    made: list[Level]
+    events: list[str]
+
+
+@pytest.fixture
+def levels(monkeypatch: pytest.MonkeyPatch) -> Levels:
+    levels = Levels([], [])
 
     def new_level(key: Any, module: str, *_: Any, **__: Any) -> Level:
         assert key.with_bias == (module == "biased")
-        made.append(Level(module))
-        return made[-1]
+        levels.made.append(Level(module, levels.events))
+        return levels.made[-1]
+
+    class Event:
+        def record(self, stream: str) -> None:
+            levels.events.append(f"record on {stream}")
+
+        def synchronize(self) -> None:
+            levels.events.append("wait")
 
     monkeypatch.setattr(cascade, "temperature_module", lambda key: "plain")
     monkeypatch.setattr(cascade, "bias_module", lambda key: "biased")
     monkeypatch.setattr(cascade.variant, "VariantAttentionWrapper", new_level)
     monkeypatch.setattr(cascade, "launch_merge", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    return levels
+
+
+def test_a_plan_waits_until_the_gpu_has_copied_the_work_lists_of_the_last_one(
+    levels: Levels,
+) -> None:
+    """And not for those of its own, behind which all else would wait in vain."""
+    wrapper = cascade.ApeCascadeAttentionWrapper(torch.empty(16, dtype=torch.uint8))
+    wrapper.plan(**GOOD_PLAN)
+    first = ["plan plain", "plan plain", "record on current"]
+    assert levels.events == first
+    wrapper.plan(**GOOD_PLAN)
+    assert levels.events == [*first, "wait", *first]
+
+
+def test_only_the_contexts_of_a_biased_plan_are_read_with_a_bias(levels: Levels) -> None:
+    made = levels.made
     wrapper = cascade.ApeCascadeAttentionWrapper(torch.empty(16, dtype=torch.uint8))
     bias = -torch.rand(64)
     for each in (None, bias, None):
