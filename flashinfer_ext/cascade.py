@@ -215,7 +215,7 @@ class ApeCascadeAttentionWrapper:
             q_data_type=key.q_dtype,
             kv_data_type=key.kv_dtype,
         )
-        if self._copied is not None:
+        if self._copied is not None:  # the GPU may have to take the last lists from where these go
             self._copied.synchronize()
         if contexts_rows is None:
             self._contexts_rows = None
