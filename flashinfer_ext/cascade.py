@@ -226,8 +226,7 @@ class ApeCascadeAttentionWrapper:
             self._plan_contexts_of_rows(contexts_rows, path_groups, rows_bias, qo, kv, last, t, s)
             self._indices = indices if self._graph is None else self._graph.indices
             self._plan_path(qo, kv, indices, last)
-        self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(self._device))
+        self._record_copies()
 
     def run(
         self,
@@ -383,6 +382,10 @@ class ApeCascadeAttentionWrapper:
             self._levels = [self._wrapper(contexts) if plain else None, self._wrapper(path), None]
         if self._bias is not None and self._levels[BIASED_CONTEXTS] is None:
             self._levels[BIASED_CONTEXTS] = self._wrapper(self._spaces()[CONTEXTS], with_bias=True)
+
+    def _record_copies(self) -> None:
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(self._device))
 
     @property
     def _contexts_level(self) -> Any:

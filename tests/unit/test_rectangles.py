@@ -255,6 +255,7 @@ def on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setattr(cascade, "temperature_module", lambda key: Module())
         patch.setattr(cascade, "launch_merge_states", merge)
         patch.setattr(cascade.ApeCascadeAttentionWrapper, "_wrapper", lambda *_: Path())
+        patch.setattr(cascade.ApeCascadeAttentionWrapper, "_record_copies", lambda _: None)
         patch.setattr(rectangles, "gather_packed", gather)
         patch.setattr(rectangles.Kernel, "best", lambda *_: kernel)
         patch.setattr(rectangles, "device_support_pdl", lambda device: False)
