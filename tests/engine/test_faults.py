@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ PREFIX, QUERY = [5, 6, 7], [8, 9]
 CONTEXTS = [list(range(10, 40)), list(range(50, 90)), list(range(100, 120))]
 FLAGS = ("--enable-ape", "--max-total-tokens", "16384")
 GRACE_SECONDS = 60
+
+# Pins of 264 tokens in a pool of 1,200
+PIN_FLAGS = ("--enable-ape", "--max-total-tokens", "1200", "--ape-max-pinned-tokens", "300")
+PINNED = {"contexts": [{"input_ids": [200 + i, *range(65)]} for i in range(4)]}
+SAMPLING = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
 
 
 @pytest.fixture
@@ -35,6 +41,10 @@ def body(new_tokens: int, **fields: Any) -> dict[str, Any]:
         "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
         **fields,
     }
+
+
+def _register(server: Server, pin: bool = False) -> None:
+    assert server.post("/ape/contexts", {**PINNED, "pin": pin}).status_code == 200
 
 
 async def _asked(
@@ -103,19 +113,13 @@ def test_a_killed_scheduler_ends_the_server_which_says_why(server: Server) -> No
 def test_a_request_that_later_pins_keep_out_is_refused_and_the_others_go_on(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    flags = ("--enable-ape", "--max-total-tokens", "1200", "--ape-max-pinned-tokens", "300")
-    contexts = {"contexts": [{"input_ids": [200 + i, *range(65)]} for i in range(4)]}
-    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-    large = {"input_ids": [5, 6] * 500, "sampling_params": sampling}
-    small = {"input_ids": [5, 6], "sampling_params": sampling}
-    running = {"input_ids": [9] * 200, "sampling_params": {**sampling, "max_new_tokens": 600}}
-    with Server(tiny_llama, flags, tmp_path / "log") as server:
-        assert server.post("/ape/contexts", contexts).status_code == 200
-
-        def pin() -> None:
-            assert server.post("/ape/contexts", {**contexts, "pin": True}).status_code == 200
-
+    large = {"input_ids": [5, 6] * 500, "sampling_params": SAMPLING}
+    small = {"input_ids": [5, 6], "sampling_params": SAMPLING}
+    running = {"input_ids": [9] * 200, "sampling_params": {**SAMPLING, "max_new_tokens": 600}}
+    with Server(tiny_llama, PIN_FLAGS, tmp_path / "log") as server:
+        _register(server)
         bodies = [("/generate", running), ("/generate", large), ("/generate", small)]
+        pin = partial(_register, server, pin=True)
         answers = asyncio.run(_asked(server, bodies, pin, seconds=0.1, apart=0.15))
         assert all(isinstance(answer, httpx.Response) for answer in answers), answers
         assert [answer.status_code for answer in answers] == [200, 400, 200]
@@ -129,24 +133,19 @@ def test_a_request_that_later_pins_keep_out_is_refused_and_the_others_go_on(
 def test_pins_that_come_while_a_request_runs_leave_it_the_memory_it_counts_on(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    flags = ("--enable-ape", "--max-total-tokens", "1200", "--ape-max-pinned-tokens", "300")
-    contexts = {"contexts": [{"input_ids": [200 + i, *range(65)]} for i in range(4)]}
-    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-    chunked = {"input_ids": [5, 6] * 500, "sampling_params": sampling}
-    decoding = {"input_ids": [9] * 600, "sampling_params": {**sampling, "max_new_tokens": 550}}
-    with Server(tiny_llama, (*flags, "--chunked-prefill-size", "16"), tmp_path / "log") as server:
+    chunked = {"input_ids": [5, 6] * 500, "sampling_params": SAMPLING}
+    decoding = {"input_ids": [9] * 600, "sampling_params": {**SAMPLING, "max_new_tokens": 550}}
+    flags = (*PIN_FLAGS, "--chunked-prefill-size", "16")
+    with Server(tiny_llama, flags, tmp_path / "log") as server:
+        pin = partial(_register, server, pin=True)
         for body, seconds in ((chunked, 0.05), (decoding, 0.7)):
-            assert server.post("/ape/contexts", contexts).status_code == 200
-
-            def pin() -> None:
-                assert server.post("/ape/contexts", {**contexts, "pin": True}).status_code == 200
-
+            _register(server)
             (answer,) = asyncio.run(_asked(server, [("/generate", body)], pin, seconds))
             assert isinstance(answer, httpx.Response) and answer.status_code == 200, answer
             # What the request took of them is computed, and held, as soon as somebody asks.
-            server.generate({"input_ids": [7], **contexts, "sampling_params": sampling})
+            server.generate({"input_ids": [7], **PINNED, "sampling_params": SAMPLING})
             for token in range(20, 24):  # fill the rest of the pool with other things
-                server.generate({"input_ids": [8, *[token] * 800], "sampling_params": sampling})
+                server.generate({"input_ids": [8, *[token] * 800], "sampling_params": SAMPLING})
             listed = server.client.get("/ape/contexts").json()["contexts"]
             assert [context["cached_tokens"] for context in listed] == [66] * 4
             for context in listed:
